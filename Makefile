@@ -1,0 +1,29 @@
+# make distill   sets everything up and runs the main job (ARGS="fashion-mnist --data-path DIR" for another)
+# make test      sets everything up and runs the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: distill test lint bench clean
+
+distill: $(READY)
+	$(BIN)/python -m infer_fast.distill $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python -m bench.ops --quick
+
+$(READY): setup.py pyproject.toml $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info infer_fast/_native*.so

@@ -1,0 +1,76 @@
+"""What the command-line modules share: recipe and flags, exit codes, one sentence instead of a traceback.
+
+Exit 0: done; 2: bad usage; 1: anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import tyro
+
+from infer_fast.errors import DiskError, InferFastError, NotEnoughMemoryError
+from infer_fast.recipes import RECIPES, Recipe
+
+Options = TypeVar("Options")
+
+
+def take_recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
+    """Splits [RECIPE] off the arguments: (name, recipe, the flags). Exits with 2 on a name that is no recipe."""
+    if not args or args[0].startswith("-"):
+        return "digits", RECIPES["digits"], args
+    if args[0] not in RECIPES:
+        print(f"{args[0]!r} is not a recipe: choose one of {', '.join(RECIPES)}.", file=sys.stderr)
+        raise SystemExit(2)
+    return args[0], RECIPES[args[0]], args[1:]
+
+
+def parse(kind: type[Options], default: Options, args: list[str], prog: str, description: str) -> Options:
+    """The flags as a typed dataclass; hyphens and underscores alike. Exits with 0 on --help, 2 on bad usage."""
+    return tyro.cli(kind, args=args, default=default, prog=prog, description=description)
+
+
+def device() -> torch.device:
+    """The device stages run on: the first CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(job: Callable[[list[str]], None], args: list[str] | None = None) -> int:
+    """Runs `job(args)` and turns what it raises into an exit code and one sentence on standard error."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        job([a for a in args if a != "--debug"])
+    except KeyboardInterrupt:
+        return _fail("Stopped; what was finished is kept: run the same command again to go on.", args)
+    except Exception as error:
+        return _fail(_sentence(error), args)
+    return 0
+
+
+def _fail(sentence: str, args: list[str]) -> int:
+    if "--debug" in args:
+        traceback.print_exc()
+    print(f"infer_fast: {sentence}", file=sys.stderr)
+    return 1
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, InferFastError):
+        return str(error)
+    if out_of_memory(error):
+        return str(NotEnoughMemoryError("Not enough memory: lower --lanes or the batch sizes, or use smaller images."))
+    if isinstance(error, OSError):
+        return str(DiskError(f"{error.strerror or error} ({error.filename or 'no file'})."))
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"Unexpected {type(error).__name__}: {first} (run again with --debug for the traceback)."
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the machine's or the device's memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error).lower()

@@ -1,0 +1,165 @@
+"""The distilled set: base images, compensators and soft labels, in memory and on disk.
+
+On disk it is a folder: distilled.safetensors, card.json (how it was made), README.md (a dataset card), preview.png.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from infer_fast.data.files import read_json, read_tensors, write_tensors
+from infer_fast.errors import InferFastError
+from infer_fast.ops import Quantised, compose
+
+TENSORS = "distilled.safetensors"
+CARD = "card.json"
+QUANTISATION_BYTES = 2 * 3 * 2  # a float16 scale and offset for each of 3 channels
+
+
+def quantise(compensators: torch.Tensor, std: tuple[float, ...]) -> Quantised:
+    """float32 (M, k, 3, H, W), normalised -> bytes with a float16 scale and offset per compensator and channel.
+
+    Values are first limited to -1..1 pixel, beyond which a pixel is black or white anyway; the error is at most half
+    a step of the channel's range (plus float16's rounding of the offset).
+    """
+    pixels = (compensators * torch.tensor(std).view(3, 1, 1)).clamp(-1, 1)
+    low, high = pixels.amin(dim=(3, 4)), pixels.amax(dim=(3, 4))  # (M, k, 3)
+    offset = low.half()
+    # The scale is rounded up so that 255 steps reach the highest value after float16's rounding too.
+    scale = ((high - offset.float()).clamp(min=0) / 255).half()
+    scale = torch.where(scale == 0, torch.full_like(scale, 2.0**-24), scale * (1 + 2**-10))
+    steps = (pixels - offset.float()[..., None, None]) / scale.float()[..., None, None]
+    return Quantised(steps.round().clamp(0, 255).to(torch.uint8), scale, offset)
+
+
+@dataclass(frozen=True)
+class DistilledSet(Dataset):
+    """A distilled set as a torch Dataset of (instance float32 (3, H, W) normalised, logits float32 (C,), class).
+
+    base: uint8 (C, k, 3, H, W); compensators: bytes (M, k, 3, H, W) with scale and offset (M, k, 3), or None in image
+    mode; logits: float16 (C, k, M+1, C); mean, std: of the dataset, in [0,1] pixels; card: how it was made.
+    Instance (c, j, 0) is base image j of class c bare; (c, j, 1+m) has teacher m's compensator j added.
+    """
+
+    base: torch.Tensor
+    compensators: Quantised | None
+    logits: torch.Tensor
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[str, ...]
+    card: dict = field(default_factory=dict)
+
+    @property
+    def views_per_base(self) -> int:
+        """M + 1 instances are made of each base image."""
+        return 1 if self.compensators is None else 1 + len(self.compensators.values)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the base images and compensators, scales and offsets included."""
+        count = self.base.nbytes
+        return count if self.compensators is None else count + sum(t.nbytes for t in self.compensators)
+
+    @property
+    def label_bytes(self) -> int:
+        """Bytes of the soft labels."""
+        return self.logits.nbytes
+
+    def __len__(self) -> int:
+        return self.base.shape[0] * self.base.shape[1] * self.views_per_base
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"position {position} of a distilled set of {len(self)} instances")
+        position %= len(self)
+        logits = self.logits.reshape(len(self), -1)[position].float()
+        label = position // (len(self) // self.base.shape[0])
+        return self.instances(torch.tensor([position]))[0], logits, label
+
+    def labels(self) -> torch.Tensor:
+        """The class of every instance, int64 (len,)."""
+        return torch.arange(self.base.shape[0]).repeat_interleave(len(self) // self.base.shape[0])
+
+    def instances(self, positions: torch.Tensor) -> torch.Tensor:
+        """The clean instances at int64 positions (N,), float32 (N, 3, H, W), normalised."""
+        return compose(*self.sources(positions), mean=self.mean, std=self.std)
+
+    def sources(self, positions: torch.Tensor) -> tuple:
+        """What compose takes for these positions: base (C*k, ...), base_index, compensators (M*k, ...), their index."""
+        k = self.base.shape[1]
+        view = positions % self.views_per_base
+        base_index = positions // self.views_per_base  # c * k + j
+        flat = None if self.compensators is None else Quantised(*(t.flatten(0, 1) for t in self.compensators))
+        index = torch.where(view == 0, -1, (view - 1) * k + base_index % k)
+        return self.base.flatten(0, 1), base_index, flat, None if flat is None else index
+
+    def save(self, folder: Path) -> Path:
+        """Writes distilled.safetensors atomically; the same set always gives the same bytes. The card is the caller's."""
+        path = Path(folder) / TENSORS
+        write_tensors(path, self._tensors())
+        return path
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        if self.compensators is None:
+            return {"images": self.base, "logits": self.logits}
+        values, scale, offset = self.compensators
+        return {
+            "base": self.base,
+            "compensators": values,
+            "compensator_scale": scale,
+            "compensator_offset": offset,
+            "logits": self.logits,
+        }
+
+
+def load(path: str | Path) -> DistilledSet:
+    """Reads a distilled set from its folder (or from the distilled.safetensors in it).
+
+    Returns a torch Dataset of (instance, logits, class). Raises InferFastError when a file is missing or damaged, or
+    the parts don't fit together.
+    """
+    path = Path(path)
+    folder = path.parent if path.name == TENSORS else path
+    if not (folder / TENSORS).is_file():
+        raise InferFastError(f"{folder} holds no distilled set: {TENSORS} is not there.")
+    tensors, _ = read_tensors(folder / TENSORS)
+    card = read_json(folder / CARD)
+    try:
+        dataset = card["dataset"]
+        compensators = None
+        if "base" in tensors:
+            names = ("compensators", "compensator_scale", "compensator_offset")
+            compensators = Quantised(*(tensors[name] for name in names))
+        distilled = DistilledSet(
+            base=tensors["base"] if compensators is not None else tensors["images"],
+            compensators=compensators,
+            logits=tensors["logits"],
+            mean=tuple(dataset["mean"]),
+            std=tuple(dataset["std"]),
+            classes=tuple(dataset["classes"]),
+            card=card,
+        )
+    except KeyError as error:
+        raise InferFastError(f"{folder} is no whole distilled set: {error} is missing.") from error
+    _check(folder, distilled)
+    return distilled
+
+
+def _check(folder: Path, distilled: DistilledSet) -> None:
+    classes, k, *image = distilled.base.shape
+    expected = (classes, k, distilled.views_per_base, classes)
+    if tuple(distilled.logits.shape) != expected:
+        raise InferFastError(
+            f"{folder}: the logits are {tuple(distilled.logits.shape)}, the images call for {expected}."
+        )
+    if len(distilled.classes) != classes:
+        raise InferFastError(f"{folder}: the card names {len(distilled.classes)} classes, the images have {classes}.")
+    if distilled.compensators is not None and list(distilled.compensators.values.shape[1:]) != [k, *image]:
+        raise InferFastError(
+            f"{folder}: the compensators are {tuple(distilled.compensators.values.shape)}, "
+            f"the base images {tuple(distilled.base.shape)}."
+        )

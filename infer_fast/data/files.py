@@ -1,0 +1,88 @@
+"""Files that a reader never sees half written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from infer_fast.errors import DiskError, InferFastError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary)` and renames the temporary file to `path` once its bytes are on the disk.
+
+    Raises DiskError if the disk is full or the folder is not writable; an older file at `path` then stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise DiskError(_disk_sentence(path, error)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], card: dict | None = None) -> None:
+    """Writes a safetensors file atomically; the same tensors and card always give the same bytes.
+
+    `card` travels in the header as one JSON string under the key "card" (one key: safetensors does not fix the order
+    of several).
+    """
+    metadata = None if card is None else {"card": json.dumps(card, sort_keys=True)}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Reads what write_tensors wrote: (tensors, card). Raises InferFastError on a missing or damaged file."""
+    if not path.is_file():
+        raise InferFastError(f"{path} does not exist.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            card = json.loads((file.metadata() or {}).get("card", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InferFastError(f"{path} is damaged and can't be read ({error}): delete it and make it again.") from error
+    return tensors, card
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON object. Raises InferFastError on a missing or damaged file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InferFastError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise InferFastError(f"{path} is damaged and can't be read ({error}).") from error
+    if not isinstance(value, dict):
+        raise InferFastError(f"{path} is damaged: a JSON object was expected, a {type(value).__name__} was found.")
+    return value
+
+
+def _disk_sentence(path: Path, error: Exception) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full:
+        return f"The disk is full: {path} was not written. Free some space and run the same command again."
+    return f"{path} can't be written ({error}): choose a folder that can be, or change its permissions."

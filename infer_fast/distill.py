@@ -1,0 +1,490 @@
+"""The main job, the whole way: dataset -> teachers -> compensators -> soft labels -> distilled set -> students' table.
+
+    python -m infer_fast.distill                                   # digits: about a minute on two cores, no network
+    python -m infer_fast.distill fashion-mnist --data-path DIR     # a recipe on files of your own
+    python -m infer_fast.distill cifar100-infer-ipc10 --data-path DIR --dry-run
+
+Finished teachers, tasks and students are kept: the same command goes on where it stopped and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from tyro.conf import arg
+
+import infer_fast
+from infer_fast import cli
+from infer_fast.data.distilled import CARD, DistilledSet, quantise
+from infer_fast.data.files import read_tensors, write_json, write_tensors
+from infer_fast.data.images import ImageDataset, class_indices, normalise, to_bytes
+from infer_fast.data.sources import load_dataset
+from infer_fast.errors import InferFastError
+from infer_fast.models import MatchedTeacher, build
+from infer_fast.progress import stage
+from infer_fast.recipes import SKIPPED_BATCHNORMS, Recipe, SynthesisSettings
+from infer_fast.relabel import relabel
+from infer_fast.report import write_report
+from infer_fast.squeeze import Teacher, squeeze
+from infer_fast.synthesis import NonFiniteLossError, draw_views, solve
+from infer_fast.synthesis.plan import Plan, TaskBatch, make_plan
+from infer_fast.synthesis.solver import LOG_EVERY
+from infer_fast.synthesis.views import task_generator
+from infer_fast.validate import Row, table, validate, write_results
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Flags of python -m infer_fast.distill: the recipe's own, and where and how to run it."""
+
+    recipe: Annotated[Recipe, arg(name="")]
+    data_path: Path | None = None
+    """the dataset's folder: idx(.gz) files, ImageFolder, parquet, or torchvision's layout; None: fetch it by name"""
+    image_size: int | None = None
+    """resize and centre-crop files to this many pixels squared"""
+    arch_path: tuple[Path, ...] = ()
+    """a checkpoint to import for each teacher, in place of training"""
+    init_path: Path | None = None
+    """a folder with tensor_J.pt of shape (C,3,H,W), normalised: base images to use in place of random ones"""
+    syn_data_path: Path = Path("runs")
+    """where everything is kept: the distilled set goes to its folder EXP_NAME"""
+    exp_name: str | None = None
+    """name of the run; None: the recipe's"""
+    ipc_start: int = 0
+    """first task index to solve here (to share a run among machines)"""
+    ipc_end: int | None = None
+    """task index to stop before; None: all"""
+    lanes: int | None = None
+    """tasks solved side by side in one batch; None: as many as make about 256 images"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the teachers' passes; auto: bfloat16 on a GPU, float32 elsewhere"""
+    engine: Literal["auto", "eager"] = "auto"
+    """how an iteration is run"""
+    backend: Literal["auto", "reference", "native", "triton"] = "auto"
+    """which implementation of the fused ops; auto: the fastest for the device"""
+    dry_run: bool = False
+    """print the plan (tasks, bytes, estimated time) and stop"""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One solved task: what was optimised, float32, and the losses along the way (every LOG_EVERY iterations)."""
+
+    optimised: torch.Tensor
+    losses: list[float]
+
+
+def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
+    """Runs the whole way and leaves a distilled set in syn_data_path/exp_name; returns the table's rows.
+
+    Raises InferFastError, after saving everything that was finished, for bad input or a task that diverged.
+    """
+    began = time.monotonic()
+    dataset = _dataset(options)
+    recipe = _with_statistics(options.recipe, dataset)
+    plan = make_plan(recipe, len(dataset.classes), dataset.size, options.lanes)
+    if options.dry_run:
+        print(describe(plan, dataset, estimate(plan, recipe, dataset)))
+        return []
+    folder = options.syn_data_path / (options.exp_name or recipe_name)
+    base = _base_images(dataset, recipe, plan, options.init_path)
+    clock = {"dataset": time.monotonic() - began}
+
+    began = time.monotonic()
+    teachers = squeeze(
+        dataset,
+        recipe.arch_name,
+        recipe.squeeze,
+        seed=recipe.synthesis.seed,
+        folder=options.syn_data_path / "teachers",
+        checkpoints=options.arch_path,
+    )
+    clock["squeeze"] = time.monotonic() - began
+
+    began = time.monotonic()
+    results = synthesise(plan, teachers, base, recipe.synthesis, folder, options)
+    clock["synthesis"] = time.monotonic() - began
+    if results is None:
+        print(
+            f"Tasks {options.ipc_start}..{_end(options, plan) - 1} are solved; run the others, then once without a range."
+        )
+        return []
+
+    began = time.monotonic()
+    distilled = relabel(assemble(plan, base, results, dataset), teachers)
+    distilled = replace(
+        distilled, card=_card(distilled, dataset, recipe, recipe_name, plan, teachers, results, options, folder, clock)
+    )
+    distilled.save(folder)
+    clock["relabel"] = time.monotonic() - began
+    write_json(folder / CARD, distilled.card)
+    write_report(folder)
+
+    began = time.monotonic()
+    rows = validate(
+        distilled,
+        dataset,
+        teachers,
+        recipe.student,
+        ipc=recipe.ipc,
+        compare=recipe.compare,
+        seeds=recipe.seeds,
+        seed=recipe.synthesis.seed,
+        store=folder / "students.json",
+    )
+    clock["validate"] = time.monotonic() - began
+    text = table(rows, dataset.train.images.nbytes)
+    write_results(folder, text, rows)
+    card = {**distilled.card, "seconds": clock, "table": text, "results": [asdict(r) for r in rows]}
+    write_json(folder / CARD, card)
+    write_report(folder)
+    print(text)
+    print(f"\nThe distilled set is in {folder} (preview.png shows it, report.html tells the rest).")
+    return rows
+
+
+def synthesise(
+    plan: Plan,
+    teachers: list[Teacher],
+    base: torch.Tensor,
+    settings: SynthesisSettings,
+    folder: Path,
+    options: DistillOptions,
+) -> dict[tuple[int, int, int], TaskResult] | None:
+    """Solves the plan's tasks, each saved the moment it is done; tasks already on the disk are read back.
+
+    base: uint8 (C, k, 3, H, W). Returns {(teacher, index, first class): result}, or None when tasks outside
+    --ipc-start..--ipc-end are still missing. Raises InferFastError naming the tasks whose loss became NaN or infinite.
+    """
+    tasks = folder / "tasks" / _task_key(plan, teachers, base, settings, options)
+    wanted = range(options.ipc_start, _end(options, plan))
+    failed: list[str] = []
+    with stage("synthesis", plan.tasks * plan.iterations, "task iterations") as running:
+        for batch in plan.batches:
+            paths = [_task_path(tasks, plan, batch, index) for index in batch.indices]
+            if all(p.is_file() for p in paths) or not any(index in wanted for index in batch.indices):
+                running.advance(len(paths) * plan.iterations)
+                continue
+            failed += _solve_batch(batch, paths, teachers[batch.teacher], base, settings, options, running.advance)
+    if failed:
+        raise InferFastError(
+            f"The loss became NaN or infinite in {', '.join(failed)}: lower --lr or --r-bn; the other tasks are saved."
+        )
+    found = {
+        (batch.teacher, index, batch.first_class): path
+        for batch in plan.batches
+        for index in batch.indices
+        if (path := _task_path(tasks, plan, batch, index)).is_file()
+    }
+    if len(found) < plan.tasks:
+        return None
+    return {key: _read_task(path) for key, path in found.items()}
+
+
+def _solve_batch(
+    batch: TaskBatch,
+    paths: list[Path],
+    teacher: Teacher,
+    base: torch.Tensor,
+    settings: SynthesisSettings,
+    options: DistillOptions,
+    advance: Callable[[float], None],
+) -> list[str]:
+    """Solves one batch of lanes and saves each lane's result; returns a sentence part for each lane that diverged."""
+    device = next(teacher.network.parameters()).device
+    classes = torch.arange(batch.first_class, batch.last_class)
+    own = replace(settings, skip_bn=(*settings.skip_bn, *_skipped(teacher.name)))
+    losses: list[torch.Tensor] = []
+
+    def on_iteration(done: int, latest: torch.Tensor) -> None:
+        losses.append(latest)
+        advance(len(batch.indices) * (done - LOG_EVERY * (len(losses) - 1)))
+
+    failures: dict[int, int] = {}
+    try:
+        result = solve(
+            teacher.network,
+            _start(batch, classes, base, settings).to(device),
+            settings=own,
+            views=draw_views(
+                settings.seed,
+                batch.teacher,
+                list(batch.indices),
+                iterations=settings.iterations,
+                jitter=settings.jitter,
+            ),
+            backend=None if options.backend == "auto" else options.backend,
+            engine=options.engine,
+            precision=options.precision,
+            targets=classes.to(device),
+            on_iteration=on_iteration,
+        )
+    except NonFiniteLossError as error:
+        result, failures = error.result, error.failures
+    for lane, path in enumerate(paths):
+        if lane not in failures:
+            write_tensors(path, {"optimised": result[lane], "losses": torch.stack([each[lane] for each in losses])})
+    return [
+        f"teacher {teacher.name}, index {batch.indices[lane]}, iteration {iteration}"
+        for lane, iteration in failures.items()
+    ]
+
+
+def _start(batch: TaskBatch, classes: torch.Tensor, base: torch.Tensor, settings: SynthesisSettings) -> torch.Tensor:
+    """The normalised images (L, C', 3, H, W) that the batch's lanes start from."""
+    if settings.optimise == "images" and settings.start == "noise":
+        shape = (base.shape[0], *base.shape[2:])
+        lanes = [
+            torch.randn(shape, generator=task_generator(settings.seed, batch.teacher, index, "noise"))[classes]
+            for index in batch.indices
+        ]
+        return torch.stack(lanes)
+    images = base[classes][:, list(batch.indices)].transpose(0, 1)
+    return normalise(images, settings.mean, settings.std)
+
+
+def assemble(
+    plan: Plan, base: torch.Tensor, results: dict[tuple[int, int, int], TaskResult], dataset: ImageDataset
+) -> DistilledSet:
+    """The distilled set of solved tasks, with labels still zero."""
+    if plan.optimise == "images":
+        images = torch.stack(
+            [
+                torch.cat([r.optimised for (_, j, _), r in sorted(results.items()) if j == index])
+                for index in range(plan.k)
+            ],
+            dim=1,
+        )  # (C, k, 3, H, W)
+        stored, compensators = to_bytes(images, dataset.mean, dataset.std), None
+    else:
+        dense = torch.stack(
+            [torch.stack([results[m, j, 0].optimised for j in range(plan.k)]) for m in range(len(plan.teachers))]
+        )  # (M, k, 3, H, W)
+        stored, compensators = base, quantise(dense, dataset.std)
+    views = 1 if compensators is None else 1 + len(plan.teachers)
+    logits = torch.zeros(plan.classes, plan.k, views, plan.classes, dtype=torch.float16)
+    return DistilledSet(stored, compensators, logits, dataset.mean, dataset.std, dataset.classes)
+
+
+def describe(plan: Plan, dataset: ImageDataset, seconds: dict[str, float]) -> str:
+    """The plan in words: tasks, bytes against the budget, estimated time."""
+    share = 100 * plan.image_bytes / plan.budget_bytes
+    whole = dataset.train.images.nbytes
+    what = f"{plan.compensators} compensators" if plan.compensators else "optimised images"
+    lanes = max(len(b.indices) for b in plan.batches)
+    lines = [
+        f"dataset    {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
+        f"of {plan.size[0]}x{plan.size[1]}, {plan.classes} classes",
+        f"teachers   {', '.join(plan.teachers)}",
+        f"tasks      {plan.tasks} tasks of {plan.iterations} iterations, in {len(plan.batches)} batches of up to "
+        f"{lanes} lanes",
+        f"stored     k = {plan.k} base images per class, {what}: {plan.stored_images:,} images for "
+        f"{plan.instances:,} instances",
+        f"images     {plan.image_bytes:,} bytes of a budget of {plan.budget_bytes:,} ({share:.1f} %; "
+        f"{whole / plan.image_bytes:.1f} times smaller than the training split)",
+        f"labels     {plan.label_bytes:,} bytes of soft labels",
+        f"estimate   {', '.join(f'{name} {value / 60:.1f} min' for name, value in seconds.items())} on {cli.device().type}",
+    ]
+    return "\n".join(lines)
+
+
+def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, float]:
+    """Seconds each stage will take, from one small timed batch per network, scaled by the number of images."""
+    device = cli.device()
+    images = torch.randn(8, 3, *plan.size, device=device)
+
+    def seconds_per_image(step: Callable[[], torch.Tensor]) -> float:
+        step().sum().backward()  # the first run pays for set-up
+        began = time.perf_counter()
+        step().sum().item()
+        step().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / len(images) / 1.3  # one forward too many
+
+    squeezing = synthesis = 0.0
+    for name in plan.teachers:
+        network = build(name, plan.classes, plan.size, seed=0).to(device)
+        training = seconds_per_image(lambda network=network: network(images))
+        squeezing += training * recipe.squeeze.epochs * len(dataset.train)
+        matched = MatchedTeacher(network)
+        inputs = images.clone().requires_grad_(True)
+        matching = seconds_per_image(lambda matched=matched, inputs=inputs: sum(t.sum() for t in matched(inputs)))
+        batches = [b for b in plan.batches if plan.teachers[b.teacher] == name]
+        synthesis += matching * plan.iterations * sum(len(b.indices) * (b.last_class - b.first_class) for b in batches)
+    students = {"none": 1, "random": 2, "all": 5}[recipe.compare] * recipe.seeds
+    validation = 0.0
+    for name in recipe.student.networks:
+        network = build(name, plan.classes, plan.size, seed=0).to(device)
+        training = seconds_per_image(lambda network=network: network(images))
+        validation += students * training * recipe.student.epochs * plan.instances
+    return {"squeeze": squeezing, "synthesis": synthesis, "validate": validation}
+
+
+def _dataset(options: DistillOptions) -> ImageDataset:
+    cache = None if options.dry_run else options.syn_data_path / "datasets"
+    dataset = load_dataset(options.recipe.dataset, options.data_path, image_size=options.image_size, cache=cache)
+    return dataset.to(cli.device())
+
+
+def _with_statistics(recipe: Recipe, dataset: ImageDataset) -> Recipe:
+    settings = recipe.synthesis
+    filled = replace(settings, mean=settings.mean or dataset.mean, std=settings.std or dataset.std)
+    return replace(recipe, synthesis=filled)
+
+
+def _end(options: DistillOptions, plan: Plan) -> int:
+    return plan.k if options.ipc_end is None else min(options.ipc_end, plan.k)
+
+
+def _skipped(teacher: str) -> tuple[int, ...]:
+    return SKIPPED_BATCHNORMS.get(teacher, ())
+
+
+def _base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, init_path: Path | None) -> torch.Tensor:
+    """uint8 (C, k, 3, H, W) on the CPU: k random training images of every class, or those of --init-path."""
+    if init_path is not None:
+        return _given_images(init_path, plan, recipe.synthesis)
+    generator = task_generator(recipe.synthesis.seed, 0, 0, "base images")
+    chosen = []
+    for name, indices in zip(dataset.classes, class_indices(dataset.train.labels.cpu(), plan.classes), strict=True):
+        if len(indices) < plan.k:
+            raise InferFastError(
+                f"Class {name!r} has {len(indices)} training images, fewer than the {plan.k} base images per class of "
+                f"--ipc {plan.ipc}: lower it."
+            )
+        chosen.append(indices[torch.randperm(len(indices), generator=generator)[: plan.k]])
+    positions = torch.stack(chosen).to(dataset.train.images.device)  # (C, k)
+    return dataset.train.images[positions].cpu()
+
+
+def _given_images(folder: Path, plan: Plan, settings: SynthesisSettings) -> torch.Tensor:
+    expected = (plan.classes, 3, *plan.size)
+    columns = []
+    for j in range(plan.k):
+        path = folder / f"tensor_{j}.pt"
+        if not path.is_file():
+            raise InferFastError(f"{path} does not exist: --init-path needs tensor_0.pt to tensor_{plan.k - 1}.pt.")
+        try:
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # every way a torch file can be damaged, or hold more than tensors
+            raise InferFastError(f"{path} is not a tensor file that can be loaded safely.") from error
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != expected:
+            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise InferFastError(f"{path} holds {found}, expected a tensor {expected}.")
+        columns.append(tensor if tensor.dtype == torch.uint8 else to_bytes(tensor, settings.mean, settings.std))
+    return torch.stack(columns, dim=1)  # (C, k, 3, H, W)
+
+
+def _task_key(
+    plan: Plan, teachers: list[Teacher], base: torch.Tensor, settings: SynthesisSettings, options: DistillOptions
+) -> str:
+    """A hash of everything a task's result depends on: other settings never mix with these."""
+    parts = {
+        "settings": asdict(settings),
+        "teachers": [t.sha256 for t in teachers],
+        "base": hashlib.sha256(base.numpy().data).hexdigest(),
+        "batches": [asdict(b) for b in plan.batches],
+        "how": [options.precision, options.engine, options.backend, cli.device().type],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _task_path(folder: Path, plan: Plan, batch: TaskBatch, index: int) -> Path:
+    chunk = f"-classes-{batch.first_class:04d}" if plan.optimise == "images" else ""
+    return folder / f"{batch.teacher}-{plan.teachers[batch.teacher]}-{index:04d}{chunk}.safetensors"
+
+
+def _read_task(path: Path) -> TaskResult:
+    tensors, _ = read_tensors(path)
+    return TaskResult(tensors["optimised"], tensors["losses"].tolist())
+
+
+def _card(
+    distilled: DistilledSet,
+    dataset: ImageDataset,
+    recipe: Recipe,
+    recipe_name: str,
+    plan: Plan,
+    teachers: list[Teacher],
+    results: dict[tuple[int, int, int], TaskResult],
+    options: DistillOptions,
+    folder: Path,
+    clock: dict[str, float],
+) -> dict:
+    device = cli.device()
+    whole = dataset.train.images.nbytes
+    return {
+        "recipe_name": recipe_name,
+        "recipe": asdict(recipe),
+        "dataset": {
+            "name": dataset.name,
+            "classes": dataset.classes,
+            "mean": dataset.mean,
+            "std": dataset.std,
+            "size": dataset.size,
+            "training_images": len(dataset.train),
+            "test_images": len(dataset.test),
+            "fingerprint": dataset.fingerprint,
+            "data_path": None if options.data_path is None else str(options.data_path),
+            "image_size": options.image_size,
+        },
+        "teachers": [
+            {
+                "name": t.name,
+                "accuracy": t.accuracy,
+                "sha256": t.sha256,
+                "path": os.path.relpath(t.path, folder),
+            }
+            for t in teachers
+        ],
+        "k": plan.k,
+        "ipc": plan.ipc,
+        "bytes": {
+            "images": distilled.image_bytes,
+            "budget": plan.budget_bytes,
+            "labels": distilled.label_bytes,
+            "dataset": whole,
+            "ratio": whole / distilled.image_bytes,
+        },
+        "tasks": [
+            {"teacher": plan.teachers[m], "index": j, "first_loss": r.losses[0], "last_loss": r.losses[-1]}
+            for (m, j, _), r in sorted(results.items())
+        ],
+        "how": {"precision": options.precision, "engine": options.engine, "backend": options.backend},
+        "versions": {
+            "infer_fast": infer_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "seconds": clock,
+        "table": None,
+        "results": [],
+    }
+
+
+def _main(args: list[str]) -> None:
+    name, recipe, flags = cli.take_recipe(args)
+    options = cli.parse(
+        DistillOptions,
+        DistillOptions(recipe),
+        flags,
+        "python -m infer_fast.distill [RECIPE]",
+        f"Recipe {name}: from a dataset to a distilled set and the table that judges it.",
+    )
+    distill(options, name)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(_main))

@@ -1,0 +1,54 @@
+"""Networks by name: our ConvNets, the CIFAR forms of the published teachers, and whatever torchvision offers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from infer_fast.errors import InferFastError
+from infer_fast.models import cifar
+from infer_fast.models.convnet import SHAPES, ConvNet
+
+SMALL_IMAGE = 64  # up to this size networks take their CIFAR form (ResNets: 3x3 stride-1 stem, no max-pool)
+
+
+def build(name: str, classes: int, size: tuple[int, int], *, seed: int | None = None) -> nn.Module:
+    """A freshly initialised network `name` for `classes` classes and images of `size` (H, W).
+
+    seed: the same seed gives the same weights and leaves torch's global generator as it was.
+    Raises InferFastError for a name nobody knows, or images too small for it.
+    """
+    if seed is None:
+        return _build(name, classes, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _build(name, classes, size)
+
+
+def _build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
+    if name in SHAPES:
+        if min(size) < 2 ** SHAPES[name].depth:
+            raise InferFastError(
+                f"{name} halves its image {SHAPES[name].depth} times: {size[0]}x{size[1]} is too small."
+            )
+        return ConvNet(SHAPES[name], classes)
+    if name in cifar.NETWORKS and max(size) <= SMALL_IMAGE:
+        return cifar.NETWORKS[name](classes)
+    return _torchvision(name, classes, size)
+
+
+def _torchvision(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
+    import torchvision
+
+    try:
+        network = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    except ValueError:
+        known = ", ".join([*SHAPES, *cifar.NETWORKS])
+        raise InferFastError(
+            f"{name!r} is not a network: choose one of {known}, or a torchvision model name."
+        ) from None
+    if isinstance(network, torchvision.models.ResNet) and max(size) <= SMALL_IMAGE:
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network

@@ -1,0 +1,95 @@
+"""Weights of others, read safely: no pickle is ever loaded with weights_only=False."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from infer_fast.errors import InferFastError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_checkpoint(network: nn.Module, path: Path) -> str:
+    """Loads the state dict in `path` (.safetensors, or a torch file read with weights_only) into `network`.
+
+    Wrappers such as {"state_dict": ...} and prefixes such as "module." are taken off. Returns the file's SHA-256.
+    Raises InferFastError when the file is missing, damaged or unsafe, or when a name or shape does not fit.
+    """
+    state = read_state(path)
+    expected = network.state_dict()
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in expected]
+    wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    kind = type(network).__name__
+    if wrong:
+        first = wrong[0]
+        raise InferFastError(
+            f"{path} does not fit {kind}: {first} is {tuple(state[first].shape)}, expected {tuple(expected[first].shape)} "
+            f"({len(wrong)} such) - another class count or another network?"
+        )
+    if missing or unexpected:
+        example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not expected"
+        raise InferFastError(
+            f"{path} does not fit {kind}: {example} ({len(missing)} missing, {len(unexpected)} unexpected names)."
+        )
+    network.load_state_dict({**expected, **state})
+    return file_hash(path)
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file, unwrapped and without prefixes. Raises InferFastError as load_checkpoint does."""
+    if not path.is_file():
+        raise InferFastError(f"{path} does not exist: --arch-path must name a checkpoint for each teacher.")
+    try:
+        loaded = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except pickle.UnpicklingError as error:
+        raise InferFastError(
+            f"{path} holds more than weights, and loading it could run code in it: save its state_dict alone."
+        ) from error
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InferFastError(f"{path} is not a whole checkpoint ({reason}).") from error
+    state = _unwrap(loaded)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InferFastError(f"{path} holds no state dict (names to tensors), bare or under {', '.join(WRAPPERS)}.")
+    return {_without_prefix(name): tensor for name, tensor in state.items()}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _unwrap(loaded: object) -> object:
+    while isinstance(loaded, dict):
+        inner = next((loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), None)
+        if inner is None:
+            return loaded
+        loaded = inner
+    return loaded
+
+
+def _without_prefix(name: str) -> str:
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+        name = name[len(prefix) :]
+    return name

@@ -1,0 +1,87 @@
+"""ConvNet: the small network of the distillation literature, with BatchNorm, in a few shapes that differ as teachers.
+
+`depth` stages of convolution, BatchNorm and activation, each followed by 2x2 average pooling, then a linear layer on
+the pooled features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One ConvNet: channels of the first stage (doubled at each one after), stages, block, activation, kernel size."""
+
+    width: int
+    depth: int
+    block: Literal["plain", "residual", "separable"]
+    activation: Literal["relu", "relu6", "silu"]
+    kernel: int = 3
+
+
+SHAPES = {
+    "convnet": Shape(width=32, depth=3, block="plain", activation="relu"),
+    "convnet-residual": Shape(width=32, depth=3, block="residual", activation="relu"),
+    "convnet-separable": Shape(width=48, depth=3, block="separable", activation="relu6"),
+    "convnet-silu": Shape(width=32, depth=3, block="plain", activation="silu", kernel=5),
+}
+
+
+class ConvNet(nn.Module):
+    """A ConvNet of the given shape: (B, 3, H, W) -> logits (B, classes); H and W at least 2**depth."""
+
+    def __init__(self, shape: Shape, classes: int):
+        super().__init__()
+        widths = [shape.width * 2**stage for stage in range(shape.depth)]
+        stages: list[nn.Module] = []
+        for inputs, outputs in zip([3, *widths], widths, strict=False):
+            stages += [_stage(shape, inputs, outputs), nn.AvgPool2d(2)]
+        self.stages = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.pool(self.stages(x)).flatten(1))
+
+
+class Residual(nn.Module):
+    """act(BN(conv(h)) + h) on top of h = act(BN(conv(x)))."""
+
+    def __init__(self, shape: Shape, inputs: int, outputs: int):
+        super().__init__()
+        self.first = _plain(shape, inputs, outputs)
+        self.conv = nn.Conv2d(outputs, outputs, shape.kernel, padding=shape.kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.activation = ACTIVATIONS[shape.activation]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.activation(self.norm(self.conv(x)) + x)
+
+
+def _stage(shape: Shape, inputs: int, outputs: int) -> nn.Module:
+    if shape.block == "residual":
+        return Residual(shape, inputs, outputs)
+    if shape.block == "separable" and inputs != 3:
+        depthwise = _plain(shape, inputs, inputs, groups=inputs)
+        return nn.Sequential(depthwise, *_convolution(1, shape, inputs, outputs))
+    return _plain(shape, inputs, outputs)
+
+
+def _plain(shape: Shape, inputs: int, outputs: int, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(*_convolution(shape.kernel, shape, inputs, outputs, groups))
+
+
+def _convolution(kernel: int, shape: Shape, inputs: int, outputs: int, groups: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+        ACTIVATIONS[shape.activation](),
+    ]

@@ -1,0 +1,94 @@
+"""Training a network on batches that are already on the device, and measuring it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from infer_fast.errors import InferFastError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimiser and its schedule: `updates` steps, cosine to 0, stepped once per `updates_per_epoch`."""
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    momentum: float
+    updates: int
+    updates_per_epoch: int
+
+
+def soft_loss(temperature: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """KL(softmax(target/T) || softmax(logits/T)), batch mean, without the factor T^2 (SRe2L, arXiv 2306.13092)."""
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        log_student = F.log_softmax(logits / temperature, dim=1)
+        log_teacher = F.log_softmax(targets / temperature, dim=1)
+        return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+    return loss
+
+
+def hard_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against class probabilities (B, C), batch mean."""
+    return F.cross_entropy(logits, targets)
+
+
+def fit(
+    network: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    schedule: Schedule,
+    *,
+    on_update: Callable[[int], None] | None = None,
+) -> nn.Module:
+    """Trains `network` in place on (images, targets) and leaves it in eval mode.
+
+    on_update(done) is called after every update. Raises InferFastError when the weights became NaN or infinite.
+    """
+    optimizer = _optimizer(network, schedule)
+    epochs = max(1, -(-schedule.updates // schedule.updates_per_epoch))
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    network.train()
+    for done, (images, targets) in enumerate(batches, start=1):
+        optimizer.zero_grad(set_to_none=True)
+        loss(network(images), targets).backward()
+        optimizer.step()
+        if done % schedule.updates_per_epoch == 0:
+            cosine.step()
+        if on_update is not None:
+            network.eval()
+            on_update(done)
+            network.train()
+    if not all(p.isfinite().all() for p in network.parameters()):
+        raise InferFastError(
+            f"Training of {type(network).__name__} diverged (weights are NaN or infinite): lower its learning rate "
+            f"(now {schedule.lr})."
+        )
+    return network.eval()
+
+
+@torch.no_grad()
+def predict(network: nn.Module, images: Callable[[torch.Tensor], torch.Tensor], count: int, batch_size: int = 512):
+    """Logits float32 (count, C) of eval-mode `network` on images(positions) for positions 0..count-1, in batches."""
+    network.eval()
+    return torch.cat([network(images(p)).float() for p in torch.arange(count).split(batch_size)])
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Top-1 accuracy in percent."""
+    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    return torch.optim.SGD(
+        network.parameters(), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+    )

@@ -1,0 +1,183 @@
+"""Every published setting, one frozen dataclass value per recipe: the only home of hyper-parameters.
+
+A method is not a class but a point in a small space: what is optimised (one compensator shared by all classes, or the
+images), where it starts (real images or noise), which teachers are matched, whether their weights are nudged first,
+and the weights of the loss. Sources: INFER (arXiv 2408.06927), DWA (arXiv 2409.17612), SRe2L (arXiv 2306.13092).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+
+@dataclass(frozen=True)
+class SqueezeSettings:
+    """How a teacher is trained on the dataset (SGD with Nesterov off, cosine per epoch)."""
+
+    epochs: int = 200
+    """passes over the dataset"""
+    batch_size: int = 128
+    """images per step"""
+    lr: float = 0.1
+    """initial learning rate of SGD, cosine to 0"""
+    momentum: float = 0.9
+    """momentum of SGD"""
+    weight_decay: float = 5e-4
+    """weight decay of SGD"""
+    padding: int = 4
+    """random crop: pixels of black padding on each side"""
+    flip: bool = True
+    """random horizontal flip (off for digits, where a mirror image is another thing)"""
+
+
+@dataclass(frozen=True)
+class SynthesisSettings:
+    """What is optimised and how (design of the loss: see infer_fast.synthesis.problem)."""
+
+    optimise: Literal["compensator", "images"] = "compensator"
+    """compensator: one tensor shared by all classes (INFER); images: every image itself (DWA, SRe2L)"""
+    start: Literal["real", "noise"] = "real"
+    """where the optimisation starts: real images (plus a zero compensator), or Gaussian noise"""
+    iterations: Annotated[int, arg(name="iteration")] = 1000
+    """Adam iterations per task"""
+    batch_size: int = 100
+    """images of one task's batch; a compensator needs all classes in it, images are split into batches of this size"""
+    lr: float = 0.25
+    """initial learning rate of Adam (normalised pixels), cosine to 0"""
+    r_bn: float = 1.0
+    """weight of the BatchNorm-statistics penalty against the cross-entropy"""
+    r_var: float = 1.0
+    """weight of the variance term against the mean term inside the penalty"""
+    first_bn_multiplier: float = 10.0
+    """weight of the first BatchNorm layer's penalty (1 for the others)"""
+    jitter: int = 4
+    """pixels: each view is shifted circularly by 0..jitter in both directions"""
+    steps: int = 0
+    """DWA: gradient-ascent steps on the teacher's weights before a task (0 = off)"""
+    rho: float = 15e-3
+    """DWA: total length of those steps, in units of the normalised gradient"""
+    seed: int = 0
+    """seed of everything random: teachers, base images, views, noise, students"""
+    skip_bn: tuple[int, ...] = ()
+    """BatchNorm layers left out of the penalty, by position in module order (added to the recipe's own)"""
+    mean: tuple[float, float, float] | None = None
+    """channel means in [0,1] pixels; None: the dataset's own"""
+    std: tuple[float, float, float] | None = None
+    """channel standard deviations in [0,1] pixels; None: the dataset's own"""
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """How a student is trained on the distilled set, and on everything it is compared with."""
+
+    networks: Annotated[tuple[str, ...], arg(aliases=["--model"])] = ("resnet18",)
+    """students, by name"""
+    epochs: int = 400
+    """passes over the distilled set; the compared sets get the same number of updates and the same schedule"""
+    batch_size: int = 64
+    """instances per step"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """optimiser of the student"""
+    lr: float = 1e-3
+    """initial learning rate, cosine to 0 per epoch"""
+    momentum: float = 0.9
+    """momentum (sgd only)"""
+    weight_decay: float = 0.01
+    """weight decay"""
+    temperature: Annotated[float, arg(aliases=["-T"])] = 30.0
+    """softmax temperature of the soft-label loss"""
+    mix_type: Literal["mixup", "none"] = "mixup"
+    """mixing of pairs of instances (inputs and labels with the same weight)"""
+    mix_alpha: float = 0.8
+    """MixUp's Beta(alpha, alpha)"""
+    padding: int = 4
+    """random crop: pixels of black padding on each side"""
+    flip: bool = True
+    """random horizontal flip"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One published (or bundled) way from a dataset to a distilled set and the table that judges it."""
+
+    dataset: str = "digits"
+    """digits, a torchvision name (cifar10, cifar100, fashion-mnist, mnist, kmnist, svhn), or any name with --data-path"""
+    arch_name: tuple[str, ...] = ("resnet18",)
+    """teachers, by name"""
+    ipc: int = 10
+    """images per class of the budget: classes x ipc x 3*H*W bytes"""
+    seeds: int = 3
+    """independent students per row of the table"""
+    compare: Literal["none", "random", "all"] = "random"
+    """rows beside the distilled set's: none; random real images of the same bytes; all (and the whole dataset)"""
+    squeeze: SqueezeSettings = field(default_factory=SqueezeSettings)
+    synthesis: Annotated[SynthesisSettings, arg(name="")] = field(default_factory=SynthesisSettings)
+    student: StudentSettings = field(default_factory=StudentSettings)
+
+
+# The published run leaves the second BatchNorm of the EfficientNet teacher out of the penalty.
+SKIPPED_BATCHNORMS: dict[str, tuple[int, ...]] = {"efficientnet_b0": (1,)}
+
+INFER_TEACHERS = ("resnet18", "mobilenetv2", "efficientnet_b0", "shufflenet_g2")
+CONVNET_TEACHERS = ("convnet", "convnet-residual", "convnet-separable", "convnet-silu")
+
+# 8x8 images: small steps everywhere (a shift by 4 would be half the image).
+DIGITS = Recipe(
+    dataset="digits",
+    arch_name=CONVNET_TEACHERS,
+    ipc=10,
+    squeeze=SqueezeSettings(epochs=20, batch_size=64, lr=0.05, padding=1, flip=False),
+    synthesis=SynthesisSettings(iterations=150, lr=0.05, jitter=1),
+    compare="all",
+    student=StudentSettings(networks=("convnet",), epochs=60, temperature=4.0, padding=1, flip=False),
+)
+
+FASHION_MNIST = Recipe(
+    dataset="fashion-mnist",
+    arch_name=CONVNET_TEACHERS,
+    ipc=10,
+    squeeze=SqueezeSettings(epochs=4, batch_size=128, lr=0.1, padding=2),
+    synthesis=SynthesisSettings(iterations=300, lr=0.1, jitter=2),
+    compare="all",
+    student=StudentSettings(networks=("convnet",), epochs=100, temperature=4.0, padding=2),
+)
+
+
+def _cifar_infer(dataset: str, classes: int, ipc: int) -> Recipe:
+    return Recipe(
+        dataset=dataset,
+        arch_name=INFER_TEACHERS,
+        ipc=ipc,
+        synthesis=SynthesisSettings(batch_size=classes),
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    "digits": DIGITS,
+    "fashion-mnist": FASHION_MNIST,
+    **{f"cifar10-infer-ipc{ipc}": _cifar_infer("cifar10", 10, ipc) for ipc in (10, 50, 100)},
+    **{f"cifar100-infer-ipc{ipc}": _cifar_infer("cifar100", 100, ipc) for ipc in (10, 50, 100)},
+}
+
+
+def base_images_per_class(ipc: int, teachers: int, classes: int) -> int:
+    """k = int(ipc / (M/C + 1)): base images per class such that k*(C+M) stored images fit in ipc*C (INFER, section 4).
+
+    Exact in integers: int(ipc * C / (M + C)).
+    """
+    return ipc * classes // (teachers + classes)
+
+
+__all__ = [
+    "RECIPES",
+    "SKIPPED_BATCHNORMS",
+    "Recipe",
+    "SqueezeSettings",
+    "StudentSettings",
+    "SynthesisSettings",
+    "base_images_per_class",
+    "replace",
+]

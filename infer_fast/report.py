@@ -1,0 +1,171 @@
+"""Pictures and pages a person can judge a distilled set by.
+
+python -m infer_fast.report --syn-data-path runs/digits      # preview.png, README.md and report.html, made again
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from infer_fast import cli
+from infer_fast.data.distilled import DistilledSet, load
+from infer_fast.data.files import write_atomically, write_text
+from infer_fast.data.images import to_bytes
+
+PREVIEW_CLASSES = 10
+TILE = 64  # pixels a shown image is scaled to, at least
+GAP = 4
+
+
+def write_preview(distilled: DistilledSet, path: Path) -> None:
+    """A PNG: one row per class (at most 10) with its base image and its instances, under the compensators (scaled)."""
+    classes, k = distilled.base.shape[:2]
+    shown = range(min(classes, PREVIEW_CLASSES))
+    side = _side(distilled)
+    views = distilled.views_per_base
+    columns = ["base image"] + [f"+ {t['name']}" for t in distilled.card.get("teachers", [])][: views - 1]
+    header = 18
+    width = 90 + len(columns) * (side + GAP)
+    picture = Image.new("RGB", (width, 2 * header + (side + GAP) * (len(shown) + 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    for column, name in enumerate(columns):
+        draw.text((90 + column * (side + GAP), 2), _short(name, side), fill="black")
+    if distilled.compensators is not None:
+        draw.text((2, header + side // 2), "compensator", fill="black")
+        for m in range(views - 1):
+            picture.paste(_tile(_stretched(distilled, m), side), (90 + (m + 1) * (side + GAP), header))
+    for row, c in enumerate(shown):
+        top = 2 * header + (row + 1) * (side + GAP) - header
+        draw.text((2, top + side // 2), _short(distilled.classes[c], 84), fill="black")
+        positions = torch.arange(views) + c * k * views
+        pixels = to_bytes(distilled.instances(positions), distilled.mean, distilled.std)
+        for column in range(len(columns)):
+            picture.paste(_tile(pixels[column], side), (90 + column * (side + GAP), top))
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def write_dataset_card(distilled: DistilledSet, path: Path) -> None:
+    """The folder's README.md: a Hugging Face dataset card made from card.json."""
+    card, data = distilled.card, distilled.card["dataset"]
+    size = card["bytes"]
+    teachers = "\n".join(f"- {t['name']}: test accuracy {t['accuracy']:.2f} %" for t in card["teachers"])
+    write_text(
+        path,
+        f"""---
+task_categories: [image-classification]
+tags: [dataset-distillation, infer_fast]
+---
+
+# {data["name"]}, distilled
+
+{len(distilled):,} training instances from {size["images"]:,} bytes of images ({size["ratio"]:.1f} times smaller than the
+{size["dataset"]:,} bytes of the training split) and {size["labels"]:,} bytes of soft labels. Made with infer_fast
+{card["versions"]["infer_fast"]}, recipe `{card["recipe_name"]}`, {distilled.base.shape[1]} base images per class.
+
+Teachers:
+
+{teachers}
+
+```python
+import infer_fast
+
+distilled = infer_fast.load("this folder")
+instance, logits, label = distilled[0]
+```
+
+{card.get("table") or "Not validated yet."}
+""",
+    )
+
+
+def write_page(distilled: DistilledSet, folder: Path) -> None:
+    """report.html in `folder`: the preview, the table and the losses, in one file without outside parts."""
+    preview = base64.b64encode((folder / "preview.png").read_bytes()).decode()
+    losses = "".join(
+        f"<tr><td>{html.escape(t['teacher'])}</td><td>{t['index']}</td><td>{t['first_loss']:.3f}</td>"
+        f"<td>{t['last_loss']:.3f}</td></tr>"
+        for t in distilled.card.get("tasks", [])
+    )
+    title = f"{html.escape(distilled.card['dataset']['name'])}, distilled"
+    write_text(
+        folder / "report.html",
+        f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:15px sans-serif;max-width:70em;margin:2em auto}}td,th{{padding:.2em .8em;border-bottom:1px solid #ccc;
+text-align:left}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
+<h1>{title}</h1>
+<p>{distilled.card["bytes"]["images"]:,} bytes of images, {distilled.card["bytes"]["labels"]:,} bytes of soft labels,
+{len(distilled):,} instances.</p>
+<img alt="base images, compensators and instances" src="data:image/png;base64,{preview}">
+<h2>Students</h2>
+{_html_table(distilled.card.get("table") or "")}
+<h2>Tasks</h2>
+<table><tr><th>teacher</th><th>index</th><th>first loss</th><th>last loss</th></tr>{losses}</table>
+</html>
+""",
+    )
+
+
+def write_report(folder: Path) -> None:
+    """preview.png, README.md and report.html for the distilled set in `folder`."""
+    distilled = load(folder)
+    write_preview(distilled, folder / "preview.png")
+    write_dataset_card(distilled, folder / "README.md")
+    write_page(distilled, folder)
+
+
+def _html_table(markdown: str) -> str:
+    rows = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    if not rows:
+        return "<p>Not validated yet.</p>"
+    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _stretched(distilled: DistilledSet, teacher: int) -> torch.Tensor:
+    """The teacher's first compensator, uint8 (3, H, W), around mid-grey and scaled to fill the range."""
+    values, scale, offset = (t[teacher, 0] for t in distilled.compensators)
+    dense = values.float() * scale.float()[:, None, None] + offset.float()[:, None, None]
+    strongest = dense.abs().max().clamp(min=1e-6)
+    return ((dense / strongest + 1) * 127.5).round().to(torch.uint8)
+
+
+def _tile(pixels: torch.Tensor, side: int) -> Image.Image:
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return image.resize((side, side), Image.Resampling.NEAREST)
+
+
+def _side(distilled: DistilledSet) -> int:
+    size = max(distilled.base.shape[-2:])
+    return size * max(1, -(-TILE // size))
+
+
+def _short(text: str, pixels: int) -> str:
+    letters = pixels // 6
+    return text if len(text) <= letters else text[: letters - 1] + "."
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Flags of python -m infer_fast.report."""
+
+    syn_data_path: Path = Path("runs/digits")
+    """the distilled set's folder"""
+
+
+def _main(args: list[str]) -> None:
+    options = cli.parse(ReportOptions, ReportOptions(), args, "python -m infer_fast.report", "Pictures and pages.")
+    write_report(options.syn_data_path)
+    print(f"Wrote {options.syn_data_path / 'preview.png'} and {options.syn_data_path / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(_main))

@@ -1,0 +1,128 @@
+"""The plan: which tasks there are, which share a batch, and what the distilled set will weigh.
+
+The plan follows from the settings alone, never from what is already done: a resumed or sharded run makes the same
+batches, and so the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from infer_fast.data.distilled import QUANTISATION_BYTES
+from infer_fast.errors import InferFastError
+from infer_fast.recipes import Recipe, base_images_per_class
+
+LANE_IMAGES = 256  # lanes are added until a batch has about this many images
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """Tasks of one teacher that are solved side by side: one lane for each index, over a range of classes."""
+
+    teacher: int
+    indices: tuple[int, ...]
+    first_class: int
+    last_class: int  # exclusive
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one distillation will do.
+
+    k: base images per class (image mode: images per class); image_bytes counts base images, compensators and their
+    scales and offsets; label_bytes the float16 logits; budget_bytes is classes x ipc x 3*H*W.
+    """
+
+    teachers: tuple[str, ...]
+    classes: int
+    size: tuple[int, int]
+    ipc: int
+    k: int
+    optimise: str
+    iterations: int
+    batches: tuple[TaskBatch, ...]
+
+    @property
+    def tasks(self) -> int:
+        return sum(len(batch.indices) for batch in self.batches)
+
+    @property
+    def compensators(self) -> int:
+        return len(self.teachers) * self.k if self.optimise == "compensator" else 0
+
+    @property
+    def instances(self) -> int:
+        return self.classes * self.k * (len(self.teachers) + 1 if self.optimise == "compensator" else 1)
+
+    @property
+    def stored_images(self) -> int:
+        return self.classes * self.k + self.compensators
+
+    @property
+    def image_bytes(self) -> int:
+        return stored_bytes(self.k, self.classes, self.compensators, self.size)
+
+    @property
+    def label_bytes(self) -> int:
+        return self.instances * self.classes * 2
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.ipc * self.classes * 3 * self.size[0] * self.size[1]
+
+
+def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | None = None) -> Plan:
+    """The plan of `recipe` for a dataset of `classes` classes and images of `size`.
+
+    lanes: tasks per batch; None picks as many as make about LANE_IMAGES images.
+    Raises InferFastError when ipc is too small for one base image per class, or a batch for all classes.
+    """
+    settings = recipe.synthesis
+    if recipe.ipc < 1:
+        raise InferFastError(f"ipc {recipe.ipc} is no budget: it must be at least 1 image per class.")
+    if not recipe.arch_name:
+        raise InferFastError("No teacher was named: give at least one with --arch-name.")
+    if lanes is not None and lanes < 1:
+        raise InferFastError(f"{lanes} lanes were asked for: it must be at least 1.")
+    if settings.optimise == "images":
+        k, teachers, chunk = recipe.ipc, range(1), settings.batch_size
+    else:
+        k, teachers, chunk = _base_images(recipe, classes, size), range(len(recipe.arch_name)), classes
+        if settings.batch_size < classes:
+            raise InferFastError(
+                f"batch size {settings.batch_size} is too small for {classes} classes: a compensator is shared by all of "
+                f"them, so they are optimised in one batch (--batch-size {classes} or more)."
+            )
+    if chunk < 1:
+        raise InferFastError(f"batch size {settings.batch_size} is too small: it must be at least 1.")
+    together = lanes or max(1, LANE_IMAGES // min(chunk, classes))
+    batches = tuple(
+        TaskBatch(teacher, tuple(range(first, min(first + together, k))), low, min(low + chunk, classes))
+        for teacher in teachers
+        for low in range(0, classes, chunk)
+        for first in range(0, k, together)
+    )
+    return Plan(recipe.arch_name, classes, size, recipe.ipc, k, settings.optimise, settings.iterations, batches)
+
+
+def stored_bytes(k: int, classes: int, compensators: int, size: tuple[int, int]) -> int:
+    """Bytes of base images and compensators, with the compensators' scales and offsets."""
+    return (k * classes + compensators) * 3 * size[0] * size[1] + compensators * QUANTISATION_BYTES
+
+
+def _base_images(recipe: Recipe, classes: int, size: tuple[int, int]) -> int:
+    """INFER's k, lowered where the scales and offsets would not fit in the budget any more."""
+    teachers = len(recipe.arch_name)
+    k = base_images_per_class(recipe.ipc, teachers, classes)
+    budget = recipe.ipc * classes * 3 * size[0] * size[1]
+    while k > 0 and stored_bytes(k, classes, teachers * k, size) > budget:
+        k -= 1
+    if k < 1:
+        least = next(
+            n for n in range(recipe.ipc + 1, recipe.ipc + teachers + 3) if base_images_per_class(n, teachers, classes)
+        )
+        raise InferFastError(
+            f"ipc {recipe.ipc} is too small: with {teachers} teachers and {classes} classes the budget of {budget} bytes "
+            f"does not hold one base image per class and the compensators (--ipc {least} would, or fewer teachers)."
+        )
+    return k

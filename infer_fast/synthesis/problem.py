@@ -1,0 +1,97 @@
+"""What is optimised: the INFER objective, for several tasks of one teacher side by side.
+
+For a task with base batch X (C, 3, H, W) and a frozen teacher f,
+
+    L(u) = CE(f(view(X + u)), classes) + r_bn * sum_l w_l * ( r_var * ||var_l - running_var_l||_2
+                                                            + ||mean_l - running_mean_l||_2 )
+
+(INFER, arXiv 2408.06927, eq. 5 and 6). In image mode (SRe2L, arXiv 2306.13092; DWA, arXiv 2409.17612) the images
+themselves are optimised in place of u.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from infer_fast.errors import InferFastError
+from infer_fast.models.surgery import MatchedTeacher
+from infer_fast.ops import perturb_
+from infer_fast.recipes import SynthesisSettings
+from infer_fast.synthesis.views import Views, circular_shift
+
+
+@dataclass(frozen=True)
+class Problem:
+    """L tasks of one teacher.
+
+    base: float32 (L, C, 3, H, W), normalised, on the device; targets: int64 (C,), the class of each image of a lane;
+    teacher: the matched teacher all lanes share.
+    """
+
+    teacher: MatchedTeacher
+    base: torch.Tensor
+    targets: torch.Tensor
+    settings: SynthesisSettings
+
+    def start(self) -> torch.Tensor:
+        """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W)."""
+        if self.settings.optimise == "images":
+            return self.base.clone()
+        lanes, _, *image = self.base.shape
+        return torch.zeros(lanes, 1, *image, device=self.base.device)
+
+    def images(self, optimised: torch.Tensor) -> torch.Tensor:
+        """The images (L, C, 3, H, W) that `optimised` stands for, before any view."""
+        return optimised if self.settings.optimise == "images" else self.base + optimised
+
+    def loss(self, optimised: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Each lane's loss, float32 (L,); shift: int64 (L, 2), this iteration's view."""
+        images = circular_shift(self.images(optimised), shift)
+        lanes, classes = images.shape[:2]
+        logits, penalty = self.teacher(images.flatten(0, 1), lanes)
+        return lane_cross_entropy(logits, self.targets, lanes) + self.settings.r_bn * penalty
+
+    def clamp_(self, optimised: torch.Tensor) -> None:
+        """Image mode: keeps the images in the normalised range of [0,1] pixels, in place. A compensator is left alone."""
+        if self.settings.optimise == "images":
+            low, high = pixel_range(self.settings, optimised.device)
+            torch.minimum(torch.maximum(optimised, low, out=optimised), high, out=optimised)
+
+
+def lane_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Mean cross-entropy of each lane, float32 (lanes,); logits (lanes*C, classes), targets (C,)."""
+    each = F.cross_entropy(logits.float(), targets.repeat(lanes), reduction="none")
+    return each.view(lanes, -1).mean(dim=1)
+
+
+def pixel_range(settings: SynthesisSettings, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised values of pixels 0 and 1, each float32 (3, 1, 1)."""
+    if settings.mean is None or settings.std is None:
+        raise InferFastError("Images are clamped to [0,1] pixels: give the settings the dataset's mean and std.")
+    mean, std = (
+        torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (settings.mean, settings.std)
+    )
+    return -mean / std, (1 - mean) / std
+
+
+def adjusted_teacher(
+    teacher: nn.Module, base: torch.Tensor, targets: torch.Tensor, settings: SynthesisSettings, views: Views
+) -> nn.Module:
+    """A copy of `teacher` with directed weight adjustment for one task (DWA, arXiv 2409.17612, algorithm 1).
+
+    `settings.steps` times: g = grad_theta CE(f(view(X))), theta += (rho/steps) * g/||g||_2. base: (1, C, 3, H, W);
+    step s takes the view of iteration s (modulo the iterations). The given teacher is not touched.
+    """
+    copied = copy.deepcopy(teacher).eval().requires_grad_(True)
+    params = list(copied.parameters())
+    for step in range(settings.steps):
+        images = circular_shift(base, views.shift[step % len(views.shift)])
+        loss = F.cross_entropy(copied(images[0]).float(), targets)
+        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        perturb_(params, grads, settings.rho / settings.steps)
+    return copied.requires_grad_(False)

@@ -1,0 +1,367 @@
+"""Stage 4: students trained on the distilled set, and the honest table of what else the same bytes could have bought.
+
+    python -m infer_fast.validate --syn-data-path runs/digits
+    python -m infer_fast.validate --syn-data-path runs/fashion-mnist --data-path DIR --networks resnet18 --seeds 5
+    python -m infer_fast.validate --syn-data-path runs/digits --compare none --epochs 100
+
+Every row trains the same student from the same seeds with the same number of updates and the same schedule; only the
+training instances and their labels differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from tyro.conf import arg
+
+from infer_fast import cli
+from infer_fast.data.distilled import CARD, DistilledSet, load
+from infer_fast.data.files import read_json, write_json
+from infer_fast.data.images import ImageDataset, Split, class_indices, normalise
+from infer_fast.data.loader import Augmentation, ResidentSet, batches, resident_distilled, resident_split
+from infer_fast.data.sources import load_dataset
+from infer_fast.errors import InferFastError
+from infer_fast.models import build
+from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict, soft_loss
+from infer_fast.progress import Stage, stage
+from infer_fast.recipes import Recipe, StudentSettings
+from infer_fast.relabel import label_images, teachers_of
+from infer_fast.squeeze import Teacher
+
+MEASUREMENTS = 5  # accuracies taken along a student's training, the last one at its end
+SOFT, HARD = "soft labels", "hard labels"
+Compare = Literal["none", "random", "all"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: what a student was trained on and how good it got.
+
+    instances: training instances; image_bytes, label_bytes: what they weigh; last: test accuracy in percent after the
+    last epoch, one per seed; best: the highest of the MEASUREMENTS along the way.
+    """
+
+    network: str
+    trained_on: str
+    labels: str
+    instances: int
+    image_bytes: int
+    label_bytes: int
+    last: tuple[float, ...]
+    best: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.last)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the seeds (0 for one)."""
+        return statistics.stdev(self.last) if len(self.last) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to train a student on: a name, its labels, its bytes, and the set itself for a given seed."""
+
+    trained_on: str
+    labels: str
+    image_bytes: int
+    label_bytes: int
+    resident: Callable[[int], ResidentSet]
+
+
+class ResultStore:
+    """Finished students' accuracies in one JSON file, so that an interrupted validation goes on where it stopped."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.values: dict[str, dict] = read_json(path) if path is not None and path.is_file() else {}
+
+    def get(self, key: str) -> dict | None:
+        return self.values.get(key)
+
+    def put(self, key: str, value: dict) -> None:
+        self.values[key] = value
+        if self.path is not None:
+            write_json(self.path, self.values)
+
+
+def validate(
+    distilled: DistilledSet,
+    dataset: ImageDataset,
+    teachers: list[Teacher],
+    settings: StudentSettings,
+    *,
+    ipc: int,
+    compare: Compare = "random",
+    seeds: int = 3,
+    seed: int = 0,
+    store: Path | None = None,
+) -> list[Row]:
+    """The table for every network in `settings`: students on the distilled set and on what `compare` names.
+
+    dataset: on the device; teachers label the random real images (needed unless compare is none); ipc: images per
+    class of the budget, the number of random real images; store: a JSON file of finished students, read and extended.
+    Raises InferFastError for fewer than 1 seed, or a class with fewer than ipc training images.
+    """
+    if seeds < 1:
+        raise InferFastError(f"{seeds} seeds were asked for: at least 1 is needed.")
+    candidates = _candidates(distilled, dataset, teachers, ipc, compare)
+    per_epoch = -(-len(distilled) // settings.batch_size)
+    results = ResultStore(store)
+    rows = []
+    total = len(settings.networks) * len(candidates) * seeds * settings.epochs * per_epoch
+    with stage("validate", total, "updates") as running:
+        for network in settings.networks:
+            for candidate in candidates:
+                each = []
+                for s in range(seed, seed + seeds):
+                    each.append(_student(candidate, dataset, network, settings, per_epoch, s, results, running))
+                rows.append(_row(network, candidate, each))
+    return rows
+
+
+def table(rows: list[Row], whole_bytes: int) -> str:
+    """The rows as a Markdown table; whole_bytes: the training split's images, what shares are taken of."""
+    seeds = len(rows[0].last)
+    head = [
+        f"| student | trained on | labels | instances | images, bytes | labels, bytes | accuracy % (mean ± std, n={seeds}) "
+        "| best % |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    body = [
+        f"| {r.network} | {r.trained_on} | {r.labels} | {r.instances:,} "
+        f"| {r.image_bytes:,} ({100 * r.image_bytes / whole_bytes:.3g} %) | {r.label_bytes:,} "
+        f"| {r.mean:.2f} ± {r.std:.2f} | {statistics.fmean(r.best):.2f} |"
+        for r in rows
+    ]
+    return "\n".join(head + body)
+
+
+def _candidates(
+    distilled: DistilledSet, dataset: ImageDataset, teachers: list[Teacher], ipc: int, compare: Compare
+) -> list[Candidate]:
+    device, c = dataset.train.images.device, len(dataset.classes)
+    label = 1 if c <= 256 else 2  # bytes of a hard label
+
+    def distilled_set(soft: bool) -> Candidate:
+        labels, size = (SOFT, distilled.label_bytes) if soft else (HARD, label * len(distilled))
+        resident = resident_distilled(distilled, soft=soft).to(device)
+        return Candidate("distilled", labels, distilled.image_bytes, size, lambda _: resident)
+
+    def random_real(soft: bool) -> Candidate:
+        labels, size = (SOFT, 2 * c) if soft else (HARD, label)
+        image_bytes = ipc * c * dataset.train.images[0].nbytes
+        judges = teachers if soft else None
+        return Candidate(
+            "random real", labels, image_bytes, ipc * c * size, lambda s: _random_real(dataset, ipc, s, judges)
+        )
+
+    def whole_dataset() -> Candidate:
+        resident = resident_split(dataset.train, c, dataset.mean, dataset.std)
+        return Candidate(
+            "whole dataset", HARD, dataset.train.images.nbytes, label * len(dataset.train), lambda _: resident
+        )
+
+    rows = {
+        "none": [distilled_set(True)],
+        "random": [distilled_set(True), random_real(True)],
+        "all": [distilled_set(True), distilled_set(False), random_real(True), random_real(False), whole_dataset()],
+    }
+    return rows[compare]
+
+
+def _random_real(dataset: ImageDataset, ipc: int, seed: int, teachers: list[Teacher] | None) -> ResidentSet:
+    """ipc random training images of every class, drawn anew for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for name, indices in zip(
+        dataset.classes, class_indices(dataset.train.labels.cpu(), len(dataset.classes)), strict=True
+    ):
+        if len(indices) < ipc:
+            raise InferFastError(
+                f"Class {name!r} has {len(indices)} training images, fewer than ipc {ipc}: lower --ipc."
+            )
+        chosen.append(indices[torch.randperm(len(indices), generator=generator)[:ipc]])
+    positions = torch.cat(chosen).to(dataset.train.images.device)
+    split = Split(dataset.train.images[positions], dataset.train.labels[positions])
+    logits = None if teachers is None else label_images(split.images, dataset.mean, dataset.std, teachers)
+    return resident_split(split, len(dataset.classes), dataset.mean, dataset.std, logits)
+
+
+def _student(
+    candidate: Candidate,
+    dataset: ImageDataset,
+    network: str,
+    settings: StudentSettings,
+    per_epoch: int,
+    seed: int,
+    results: ResultStore,
+    running: Stage,
+) -> dict:
+    """{"instances", "last", "best"} of one student, from the store if it is there."""
+    resident = candidate.resident(seed)
+    key = _key(resident, dataset, network, settings, seed)
+    updates = settings.epochs * per_epoch
+    result = results.get(key)
+    if result is None:
+        measured = _train(resident, dataset, network, settings, per_epoch, seed, running)
+        result = {"instances": len(resident), "last": measured[-1], "best": max(measured)}
+        results.put(key, result)
+    else:
+        running.advance(updates)
+    return result
+
+
+def _train(
+    resident: ResidentSet,
+    dataset: ImageDataset,
+    name: str,
+    settings: StudentSettings,
+    per_epoch: int,
+    seed: int,
+    running: Stage,
+) -> list[float]:
+    """Test accuracies in percent along one student's training, the last one at its end."""
+    device = dataset.train.images.device
+    network = build(name, len(dataset.classes), dataset.size, seed=seed).to(device)
+    updates = settings.epochs * per_epoch
+    moments = {-(-updates * part // MEASUREMENTS) for part in range(1, MEASUREMENTS + 1)}
+    measured = []
+
+    def measure(done: int) -> None:
+        running.advance()
+        if done in moments:
+            test = dataset.test
+            logits = predict(network, lambda p: normalise(test.images[p], dataset.mean, dataset.std), len(test))
+            measured.append(accuracy(logits, test.labels))
+
+    stream = batches(
+        resident,
+        batch_size=settings.batch_size,
+        updates=updates,
+        augmentation=Augmentation(
+            settings.padding, settings.flip, settings.mix_alpha if settings.mix_type == "mixup" else 0.0
+        ),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    schedule = Schedule(settings.optimizer, settings.lr, settings.weight_decay, settings.momentum, updates, per_epoch)
+    fit(network, stream, soft_loss(settings.temperature) if resident.soft else hard_loss, schedule, on_update=measure)
+    return measured
+
+
+def _row(network: str, candidate: Candidate, each: list[dict]) -> Row:
+    return Row(
+        network,
+        candidate.trained_on,
+        candidate.labels,
+        each[0]["instances"],
+        candidate.image_bytes,
+        candidate.label_bytes,
+        tuple(e["last"] for e in each),
+        tuple(e["best"] for e in each),
+    )
+
+
+def _key(resident: ResidentSet, dataset: ImageDataset, network: str, settings: StudentSettings, seed: int) -> str:
+    """What a student's accuracy depends on, as a hash."""
+    digest = hashlib.sha256(dataset.fingerprint.encode())
+    tensors = [resident.base, resident.base_index, resident.compensator_index, resident.targets]
+    for tensor in [*tensors, *(resident.compensators or ())]:
+        if tensor is not None:
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    training = {k: v for k, v in asdict(settings).items() if k != "networks"}
+    digest.update(json.dumps([network, training, seed], sort_keys=True).encode())
+    return digest.hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """Flags of python -m infer_fast.validate."""
+
+    syn_data_path: Path
+    """the distilled set's folder"""
+    data_path: Path | None = None
+    """the real dataset's folder (the test images, and what is compared)"""
+    image_size: int | None = None
+    """resize and centre-crop files to this many pixels squared"""
+    seeds: int = 3
+    """independent students per row"""
+    compare: Compare = "random"
+    """rows beside the distilled set's: none; random real images of the same bytes; all (and the whole dataset)"""
+    output_dir: Path | None = None
+    """where table.md and students.json go; None: the distilled set's folder"""
+    student: Annotated[StudentSettings, arg(name="")] = field(default_factory=StudentSettings)
+
+
+def recipe_of(card: dict) -> Recipe:
+    """The recipe stored in a distilled set's card."""
+    stored = dict(card["recipe"])
+    student = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["student"].items()}
+    return replace(
+        Recipe(), **{k: stored[k] for k in ("dataset", "ipc", "seeds", "compare")}, student=StudentSettings(**student)
+    )
+
+
+def _main(args: list[str]) -> None:
+    folder = _folder(args)
+    card = read_json(folder / CARD) if (folder / CARD).is_file() else None
+    recipe = Recipe() if card is None else recipe_of(card)
+    default = ValidateOptions(folder, seeds=recipe.seeds, compare=recipe.compare, student=recipe.student)
+    options = cli.parse(
+        ValidateOptions, default, args, "python -m infer_fast.validate", "Students on a distilled set, and the table."
+    )
+    distilled = load(options.syn_data_path)
+    data = distilled.card["dataset"]
+    data_path = options.data_path or (Path(data["data_path"]) if data.get("data_path") else None)
+    dataset = load_dataset(data["name"], data_path, image_size=options.image_size or data.get("image_size"))
+    if dataset.fingerprint != data["fingerprint"]:
+        raise InferFastError(
+            f"{data['name']} is not the dataset this set was distilled from (its fingerprint differs)."
+        )
+    teachers = [] if options.compare == "none" else teachers_of(distilled, options.syn_data_path)
+    output = options.output_dir or options.syn_data_path
+    rows = validate(
+        distilled,
+        dataset.to(cli.device()),
+        teachers,
+        options.student,
+        ipc=recipe.ipc,
+        compare=options.compare,
+        seeds=options.seeds,
+        seed=distilled.card["recipe"]["synthesis"]["seed"],
+        store=output / "students.json",
+    )
+    text = table(rows, dataset.train.images.nbytes)
+    write_results(output, text, rows)
+    print(text)
+
+
+def write_results(folder: Path, text: str, rows: list[Row]) -> None:
+    """Writes table.md and results.json into `folder`."""
+    from infer_fast.data.files import write_text
+
+    write_text(folder / "table.md", text + "\n")
+    write_json(folder / "results.json", {"rows": [asdict(r) for r in rows]})
+
+
+def _folder(args: list[str]) -> Path:
+    """--syn-data-path's value, needed before parsing: the set's card holds the other flags' defaults."""
+    for position, word in enumerate(args):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == "--syn-data-path":
+            return Path(value if equals else args[position + 1] if position + 1 < len(args) else "")
+    return Path("runs/digits")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(_main))
