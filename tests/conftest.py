@@ -1,0 +1,73 @@
+"""Fixtures: a fresh printed seed for every run, small random datasets, and subprocesses of our command lines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from infer_fast.data.images import ImageDataset, Split, image_dataset
+
+SEED = int(os.environ.get("INFER_FAST_TEST_SEED", int.from_bytes(os.urandom(4), "big")))
+
+
+def pytest_report_header() -> str:
+    return f"random inputs: INFER_FAST_TEST_SEED={SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """A torch generator that is fresh per run and test; the global one is seeded alike."""
+    own = (SEED + sum(request.node.nodeid.encode())) % 2**31
+    torch.manual_seed(own)
+    return torch.Generator().manual_seed(own)
+
+
+@pytest.fixture
+def tiny_dataset(generator: torch.Generator) -> ImageDataset:
+    """4 classes of 8x8 colour blobs, 12 training and 6 test images each: separable, and trained on in a second."""
+
+    def split(each: int) -> Split:
+        labels = torch.arange(4).repeat_interleave(each)
+        images = torch.randint(0, 60, (4 * each, 3, 8, 8), generator=generator)
+        for i, label in enumerate(labels.tolist()):
+            images[i, label % 3, 4 * (label // 3) :, :] += 150
+        return Split(images.to(torch.uint8), labels)
+
+    return image_dataset("tiny", split(12), split(6), ("a", "b", "c", "d"))
+
+
+@pytest.fixture
+def run_module(tmp_path: Path):
+    """run_module("distill", "--flag", ...) -> CompletedProcess of `python -m infer_fast.distill --flag ...` in tmp_path."""
+
+    def run(module: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", f"infer_fast.{module}", *args]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=kwargs.pop("timeout", 240), check=False, **kwargs
+        )
+
+    return run
+
+
+SMALL = (
+    "--squeeze.epochs=2 --iteration=6 --lanes=2 --student.epochs=2 --seeds=1 --arch-name convnet convnet-silu --ipc=4"
+).split()
+
+
+@pytest.fixture
+def small_flags() -> list[str]:
+    """Flags that shrink the digits recipe to a few seconds: 2 teachers, k = 3, 6 iterations."""
+    return list(SMALL)

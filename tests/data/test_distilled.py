@@ -1,0 +1,106 @@
+"""The distilled set: quantisation, instances, disk and back."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import infer_fast
+from infer_fast.data.distilled import DistilledSet, quantise
+from infer_fast.data.files import write_json
+from infer_fast.data.images import normalise
+from infer_fast.errors import InferFastError
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def make(generator, c=3, k=2, m=4, size=5, images=False):
+    base = torch.randint(0, 256, (c, k, 3, size, size), generator=generator, dtype=torch.uint8)
+    compensators = None if images else quantise(torch.randn(m, k, 3, size, size, generator=generator), STD)
+    logits = torch.randn(c, k, 1 if images else m + 1, c, generator=generator).half()
+    card = {"dataset": {"mean": MEAN, "std": STD, "classes": [f"class {i}" for i in range(c)]}}
+    return DistilledSet(base, compensators, logits, MEAN, STD, tuple(card["dataset"]["classes"]), card)
+
+
+def write(distilled, folder):
+    distilled.save(folder)
+    write_json(folder / "card.json", distilled.card)
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
+def test_quantisation_is_within_half_a_step(generator, strength):
+    dense = strength * torch.randn(2, 3, 3, 6, 6, generator=generator)
+    values, scale, offset = quantise(dense, STD)
+    assert values.dtype == torch.uint8 and scale.dtype == offset.dtype == torch.float16
+    pixels = (dense * torch.tensor(STD).view(3, 1, 1)).clamp(-1, 1)
+    restored = values.float() * scale.float()[..., None, None] + offset.float()[..., None, None]
+    rounding = 2**-11 * pixels.abs().amax((3, 4), keepdim=True)  # float16's, of the offset
+    assert ((restored - pixels).abs() <= 0.5 * scale.float()[..., None, None] + rounding).all()
+
+
+def test_a_constant_compensator_is_exact_enough():
+    values, scale, offset = quantise(torch.zeros(1, 1, 3, 4, 4), STD)
+    assert (values.float() * scale.float()[..., None, None] + offset.float()[..., None, None]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_instances_are_base_plus_compensator_clamped(generator, images):
+    distilled = make(generator, images=images)
+    assert len(distilled) == (3 * 2 * 5 if not images else 3 * 2)
+    position = 0
+    for c in range(3):
+        for j in range(2):
+            for v in range(distilled.views_per_base):
+                instance, logits, label = distilled[position]
+                pixels = distilled.base[c, j].float() / 255
+                if v > 0:
+                    values, scale, offset = (t[v - 1, j].float() for t in distilled.compensators)
+                    pixels = (pixels + values * scale[:, None, None] + offset[:, None, None]).clamp(0, 1)
+                expected = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+                torch.testing.assert_close(instance, expected, atol=1e-5, rtol=1e-5)
+                assert torch.equal(logits, distilled.logits[c, j, v].float()) and label == c
+                assert distilled.labels()[position] == c
+                position += 1
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_disk_and_back(generator, tmp_path, images):
+    distilled = make(generator, images=images)
+    write(distilled, tmp_path)
+    again = infer_fast.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(distilled._tensors().values(), again._tensors().values(), strict=True))
+    assert again.classes == distilled.classes and again.mean == MEAN
+    batch = next(iter(DataLoader(again, batch_size=4)))
+    assert batch[0].shape == (4, 3, 5, 5) and batch[0].dtype == torch.float32 and batch[1].shape == (4, 3)
+    torch.testing.assert_close(again[0][0], normalise(distilled.base[0, 0], MEAN, STD), atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_are_those_of_the_tensors(generator):
+    distilled = make(generator)
+    assert distilled.image_bytes == (3 * 2 + 4 * 2) * 3 * 25 + 4 * 2 * 12
+    assert distilled.label_bytes == 3 * 2 * 5 * 3 * 2
+
+
+def test_positions_outside_are_index_errors(generator):
+    distilled = make(generator)
+    torch.testing.assert_close(distilled[-1][0], distilled[len(distilled) - 1][0])
+    with pytest.raises(IndexError):
+        distilled[len(distilled)]
+
+
+def test_missing_damaged_and_mismatched_sets_are_errors(generator, tmp_path):
+    with pytest.raises(InferFastError, match="holds no distilled set"):
+        infer_fast.load(tmp_path)
+    distilled = make(generator)
+    write(distilled, tmp_path)
+    path = tmp_path / "distilled.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(InferFastError, match="is damaged"):
+        infer_fast.load(path)
+    path.write_bytes(whole)
+    write_json(tmp_path / "card.json", {"dataset": {**distilled.card["dataset"], "classes": ["one"]}})
+    with pytest.raises(InferFastError, match="names 1 classes"):
+        infer_fast.load(tmp_path)
+    write_json(tmp_path / "card.json", {})
+    with pytest.raises(InferFastError, match="'dataset' is missing"):
+        infer_fast.load(tmp_path)

@@ -1,0 +1,189 @@
+"""Datasets from files: every layout gives the same images back, and what is broken is named."""
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infer_fast.data.sources import load_dataset
+from infer_fast.errors import InferFastError
+
+
+def draw(generator, count, size=6):
+    images = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+    return images.numpy(), (torch.arange(count) % 2).numpy()
+
+
+def write_folder(root, generator, size=6):
+    stored = {}
+    for which, count in (("train", 8), ("val", 4)):
+        images, labels = draw(generator, count, size)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = root / which / ("cat", "dog")[label] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        stored[which] = images, labels
+    return stored
+
+
+def write_idx(path, array, compress):
+    raw = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.with_name(path.name + ".gz" * compress).write_bytes(gzip.compress(raw) if compress else raw)
+
+
+def png(image):
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(root, generator, image="image", label="label", names=None):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    stored = {}
+    for which, count in (("train", 8), ("test", 4)):
+        images, labels = draw(generator, count)
+        table = pa.table({image: [{"bytes": png(i), "path": None} for i in images], label: labels})
+        if names:
+            features = {"info": {"features": {label: {"names": names, "_type": "ClassLabel"}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        parquet.write_table(table, root / f"{which}-00000-of-00001.parquet")
+        stored[which] = images, labels
+    return stored
+
+
+def test_digits_are_scikit_learns():
+    data = load_dataset("digits")
+    assert data.train.images.shape[1:] == (3, 8, 8) and len(data.train) + len(data.test) == 1797
+    assert data.train.images.max() == 255 and data.train.images.min() == 0
+    counts = torch.bincount(data.test.labels)
+    assert len(counts) == 10 and counts.min() >= 55
+
+
+def test_image_folder(generator, tmp_path):
+    stored = write_folder(tmp_path, generator)
+    data = load_dataset("mine", tmp_path)
+    assert data.classes == ("cat", "dog")
+    by_class = np.concatenate([stored["train"][0][stored["train"][1] == c] for c in (0, 1)])
+    assert np.array_equal(data.train.images.permute(0, 2, 3, 1).numpy(), by_class)
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_idx_files(generator, tmp_path, compress):
+    images = torch.randint(0, 256, (20, 28, 28), generator=generator, dtype=torch.uint8).numpy()
+    labels = (np.arange(20) % 10).astype(np.uint8)
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images, compress)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels, compress)
+    data = load_dataset("fashion-mnist", tmp_path)
+    assert np.array_equal(data.train.images[:, 1, 2:-2, 2:-2].numpy(), images)
+    assert data.classes[9] == "Ankle boot" and load_dataset("mine", tmp_path).classes[9] == "9"
+
+
+@pytest.mark.parametrize(("image", "label"), [("image", "label"), ("img", "fine_label")])
+def test_parquet(generator, tmp_path, image, label):
+    stored = write_parquet(tmp_path, generator, image, label, names=["cat", "dog"])
+    data = load_dataset("mine", tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert np.array_equal(data.test.images.permute(0, 2, 3, 1).numpy(), stored["test"][0])
+    assert data.test.labels.tolist() == stored["test"][1].tolist()
+
+
+def test_grey_palette_and_transparent_images_become_rgb(generator, tmp_path):
+    write_folder(tmp_path, generator)
+    for mode in ("L", "P", "RGBA", "CMYK"):
+        suffix = "jpg" if mode == "CMYK" else "png"
+        Image.new("RGB", (6, 6), (10, 20, 30)).convert(mode).save(tmp_path / "train" / "cat" / f"z{mode}.{suffix}")
+    assert load_dataset("mine", tmp_path).train.images.shape == (12, 3, 6, 6)
+
+
+def test_image_size_brings_mixed_sizes_to_one(generator, tmp_path):
+    write_folder(tmp_path, generator)
+    Image.new("RGB", (20, 9), "red").save(tmp_path / "train" / "dog" / "wide.png")
+    with pytest.raises(InferFastError, match=r"wide.png is 20x9 where .* is 6x6"):
+        load_dataset("mine", tmp_path)
+    assert load_dataset("mine", tmp_path, image_size=5).train.images.shape == (9, 3, 5, 5)
+
+
+def test_broken_images_are_named(generator, tmp_path):
+    write_folder(tmp_path, generator)
+    whole = (tmp_path / "train" / "cat" / "0.png").read_bytes()
+    (tmp_path / "train" / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InferFastError, match=r"cut.png does not decode"):
+        load_dataset("mine", tmp_path)
+
+
+def test_missing_and_empty_places_are_errors(tmp_path):
+    with pytest.raises(InferFastError, match="does not exist"):
+        load_dataset("mine", tmp_path / "nowhere")
+    with pytest.raises(InferFastError, match="holds no images in a known layout"):
+        load_dataset("mine", tmp_path)
+    with pytest.raises(InferFastError, match="--data-path"):
+        load_dataset("mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InferFastError, match="is a file"):
+        load_dataset("mine", tmp_path / "file")
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(InferFastError, match="neither val/ nor test/"):
+        load_dataset("mine", tmp_path)
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    with pytest.raises(InferFastError, match="holds no images"):
+        load_dataset("mine", tmp_path)
+    (tmp_path / "val" / "cow").mkdir()
+    with pytest.raises(InferFastError, match="'cow'"):
+        load_dataset("mine", tmp_path)
+
+
+def test_broken_idx_and_parquet_files_are_named(generator, tmp_path):
+    write_parquet(tmp_path, generator)
+    path = tmp_path / "train-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InferFastError, match="train-00000-of-00001.parquet is not a whole parquet file"):
+        load_dataset("mine", tmp_path)
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    (idx / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + b"\0" * 7))
+    with pytest.raises(InferFastError, match="train-images-idx3-ubyte.gz is not a whole idx file"):
+        load_dataset("mine", idx)
+
+
+def test_parquet_with_other_columns_or_missing_splits_is_an_error(generator, tmp_path):
+    write_parquet(tmp_path, generator, image="picture")
+    with pytest.raises(InferFastError, match="one named image or img"):
+        load_dataset("mine", tmp_path)
+    (tmp_path / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(InferFastError, match="train\\* and test\\*"):
+        load_dataset("mine", tmp_path)
+
+
+def test_torchvision_layout_found_under_a_path(generator, tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = torch.randint(0, 256, (20, 28, 28), generator=generator, dtype=torch.uint8).numpy()
+    for prefix in ("train", "t10k"):
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", images, False)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", (np.arange(20) % 10).astype(np.uint8), False)
+    data = load_dataset("fashion-mnist", tmp_path)
+    assert data.train.images.shape == (20, 3, 32, 32) and data.classes[0] == "T-shirt/top"
+    with pytest.raises(InferFastError, match="cifar10 could not be read"):
+        load_dataset("cifar10", tmp_path)
+
+
+CIFAR100 = Path(__file__).parents[3] / "shared" / "data" / "cifar100"
+
+
+@pytest.mark.skipif(not CIFAR100.is_dir(), reason="the CIFAR-100 parquet files are not beside this checkout")
+def test_real_cifar100_parquet():
+    data = load_dataset("cifar100", CIFAR100)
+    assert data.train.images.shape == (50_000, 3, 32, 32) and len(data.test) == 10_000
+    assert data.mean == pytest.approx((0.5071, 0.4865, 0.4409), abs=1e-3)
+    assert torch.bincount(data.train.labels).tolist() == [500] * 100 and data.classes[0] == "apple"

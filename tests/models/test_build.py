@@ -1,0 +1,48 @@
+"""Networks by name."""
+
+import pytest
+import torch
+
+from infer_fast.errors import InferFastError
+from infer_fast.models import build
+
+PARAMETERS = {  # public counts of the CIFAR forms with 10 classes
+    "resnet18": 11_173_962,
+    "mobilenetv2": 2_296_922,
+    "efficientnet_b0": 3_599_686,
+    "shufflenet_g2": 887_582,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_the_published_teachers_have_the_published_sizes(name, count):
+    network = build(name, 10, (32, 32))
+    assert sum(p.numel() for p in network.parameters()) == count
+    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["convnet", "convnet-residual", "convnet-separable", "convnet-silu"])
+@pytest.mark.parametrize("size", [(8, 8), (32, 32)])
+def test_convnets_take_small_images(name, size):
+    assert build(name, 7, size).eval()(torch.zeros(2, 3, *size)).shape == (2, 7)
+
+
+def test_a_seed_fixes_the_weights_and_leaves_the_global_generator():
+    state = torch.get_rng_state()
+    first, second = (build("convnet", 4, (8, 8), seed=3).state_dict() for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    other = build("convnet", 4, (8, 8), seed=4).state_dict()
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+def test_large_images_get_the_original_stem():
+    assert build("resnet18", 4, (224, 224)).conv1.kernel_size == (7, 7)
+    assert build("resnet18", 4, (64, 64)).conv1.kernel_size == (3, 3)
+
+
+def test_unknown_names_and_small_images_are_errors():
+    with pytest.raises(InferFastError, match="resnet19"):
+        build("resnet19", 4, (32, 32))
+    with pytest.raises(InferFastError, match="too small"):
+        build("convnet", 4, (4, 4))

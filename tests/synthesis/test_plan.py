@@ -1,0 +1,64 @@
+"""Plans: INFER's counting, and bytes that never exceed the budget."""
+
+from dataclasses import replace
+
+import pytest
+
+from infer_fast.errors import InferFastError
+from infer_fast.recipes import RECIPES, base_images_per_class
+from infer_fast.synthesis.plan import make_plan
+
+
+def test_k_is_the_papers_formula():
+    for ipc in (1, 5, 10, 50, 100):
+        for teachers in (1, 3, 4):
+            for classes in (10, 100, 200, 1000):
+                exact = ipc / (teachers / classes + 1)
+                assert base_images_per_class(ipc, teachers, classes) == int(exact + 1e-9)
+
+
+def test_cifar100_at_ipc_10():
+    plan = make_plan(RECIPES["cifar100-infer-ipc10"], 100, (32, 32))
+    assert (plan.tasks, plan.k, plan.classes, plan.instances) == (36, 9, 100, 100 * 9 * 5)
+    assert plan.budget_bytes == 100 * 10 * 3072
+
+
+@pytest.mark.parametrize("ipc", [1, *range(2, 30), 50, 100])
+@pytest.mark.parametrize("size", [(8, 8), (32, 32)])
+def test_the_budget_is_never_exceeded(ipc, size):
+    recipe = replace(RECIPES["digits"], ipc=ipc)
+    if ipc == 1:
+        with pytest.raises(InferFastError, match=r"ipc 1 is too small.*--ipc 2 would"):
+            make_plan(recipe, 10, size)
+        return
+    plan = make_plan(recipe, 10, size)
+    assert 0 < plan.image_bytes <= plan.budget_bytes
+    assert plan.k >= base_images_per_class(ipc, 4, 10) - 1
+
+
+def test_every_task_is_in_one_batch_whatever_the_lanes():
+    for lanes in (None, 1, 3, 100):
+        plan = make_plan(RECIPES["digits"], 10, (8, 8), lanes)
+        tasks = [(b.teacher, j) for b in plan.batches for j in b.indices]
+        assert sorted(tasks) == [(m, j) for m in range(4) for j in range(plan.k)]
+        assert all(len(b.indices) <= (lanes or 25) for b in plan.batches)
+
+
+def test_image_mode_splits_the_classes():
+    recipe = RECIPES["digits"]
+    recipe = replace(recipe, synthesis=replace(recipe.synthesis, optimise="images", batch_size=4))
+    plan = make_plan(recipe, 10, (8, 8), lanes=10)
+    assert [(b.first_class, b.last_class) for b in plan.batches] == [(0, 4), (4, 8), (8, 10)]
+    assert plan.k == 10 and plan.image_bytes == plan.budget_bytes and plan.instances == 100
+
+
+def test_settings_that_cannot_work_are_errors():
+    recipe = RECIPES["digits"]
+    with pytest.raises(InferFastError, match="too small for 101 classes"):
+        make_plan(recipe, 101, (8, 8))
+    with pytest.raises(InferFastError, match="at least 1 image"):
+        make_plan(replace(recipe, ipc=0), 10, (8, 8))
+    with pytest.raises(InferFastError, match="No teacher"):
+        make_plan(replace(recipe, arch_name=()), 10, (8, 8))
+    with pytest.raises(InferFastError, match="0 lanes"):
+        make_plan(recipe, 10, (8, 8), lanes=0)

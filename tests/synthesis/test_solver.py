@@ -1,0 +1,220 @@
+"""The solver against an independent rendering of the objective, and against itself in other arrangements."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from infer_fast.errors import InferFastError
+from infer_fast.models import MatchedTeacher, build
+from infer_fast.recipes import SynthesisSettings
+from infer_fast.synthesis import NonFiniteLossError, Views, draw_views, solve
+from infer_fast.synthesis.problem import Problem, adjusted_teacher
+
+SETTINGS = SynthesisSettings(
+    iterations=20, lr=0.1, r_bn=0.7, r_var=3.0, jitter=2, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+)
+CLASSES, SIZE = 4, 8
+
+
+def teacher_and_base(generator, name="convnet", lanes=3, size=SIZE):
+    network = build(name, CLASSES, (size, size), seed=1).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return network, torch.randn(lanes, CLASSES, 3, size, size, generator=generator)
+
+
+def independent_loss(network, x, u, shift, settings):
+    """Section 4's formula with hooks and plain autograd, in x's dtype."""
+    terms = []
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def hook(module, inputs, _):
+        (h,) = inputs
+        mean = h.mean(dim=(0, 2, 3))
+        var = (h * h).mean(dim=(0, 2, 3)) - mean * mean
+        weight = settings.first_bn_multiplier if module is norms[0] else 1.0
+        difference = settings.r_var * torch.sqrt(((var - module.running_var) ** 2).sum())
+        terms.append(weight * (difference + torch.sqrt(((mean - module.running_mean) ** 2).sum())))
+
+    handles = [m.register_forward_hook(hook) for m in norms]
+    logits = network(torch.roll(x + u, tuple(shift), (2, 3)))
+    for handle in handles:
+        handle.remove()
+    return F.cross_entropy(logits, torch.arange(len(x))) + settings.r_bn * sum(terms)
+
+
+def test_loss_and_gradient_equal_an_independent_rendering_for_resnet18(generator):
+    network, base = teacher_and_base(generator, "resnet18", lanes=2, size=16)
+    u = 0.1 * torch.randn(2, 1, 3, 16, 16, generator=generator)
+    shift = torch.randint(0, 5, (2, 2), generator=generator)
+    u.requires_grad_(True)
+    problem = Problem(MatchedTeacher(network, r_var=SETTINGS.r_var), base, torch.arange(CLASSES), SETTINGS)
+    loss = problem.loss(u, shift)
+    (gradient,) = torch.autograd.grad(loss.sum(), u)
+
+    exact = network.double()
+    for lane in range(2):
+        own = u[lane].detach().double().requires_grad_(True)
+        expected = independent_loss(exact, base[lane].double(), own, shift[lane].tolist(), SETTINGS)
+        (expected_gradient,) = torch.autograd.grad(expected, own)
+        assert loss[lane].item() == pytest.approx(expected.item(), rel=1e-5)
+        error = (gradient[lane].double() - expected_gradient).norm() / expected_gradient.norm()
+        assert error < 1e-4
+
+
+def test_solve_equals_a_plain_loop_with_torch_adam(generator):
+    network, base = teacher_and_base(generator, lanes=1)
+    settings = replace(SETTINGS, iterations=8)
+    views = draw_views(0, 0, [0], iterations=8, jitter=2)
+    ours = solve(network, base, settings=settings, views=views)
+
+    exact, u = network.double(), torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([u], lr=settings.lr, betas=(0.5, 0.9), eps=1e-8)
+    for t in range(8):
+        adam.param_groups[0]["lr"] = settings.lr * (1 + torch.cos(torch.tensor(torch.pi * t / 8)).item()) / 2
+        adam.zero_grad()
+        independent_loss(exact, base[0].double(), u, views.shift[t, 0].tolist(), settings).backward()
+        adam.step()
+    assert ((ours[0].double() - u[0].detach()).norm() / u.detach().norm()) < 1e-4
+
+
+def test_three_lanes_equal_three_runs_of_one(generator):
+    network, base = teacher_and_base(generator)
+    views = draw_views(7, 0, [0, 1, 2], iterations=20, jitter=2)
+    together = solve(network, base, settings=SETTINGS, views=views)
+    for lane in range(3):
+        alone = solve(network, base[lane : lane + 1], settings=SETTINGS, views=views.lane(lane))[0]
+        assert (together[lane] - alone).norm() / alone.norm() < 1e-4
+
+
+def test_replaying_views_is_bit_exact_and_defaults_are_the_tasks_own(generator):
+    network, base = teacher_and_base(generator)
+    views = draw_views(SETTINGS.seed, 0, [0, 1, 2], iterations=20, jitter=2)
+    first, second = (solve(network, base, settings=SETTINGS, views=views) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first, solve(network, base, settings=SETTINGS))
+    other = solve(network, base, settings=replace(SETTINGS, seed=SETTINGS.seed + 1))
+    assert not torch.equal(first, other)
+
+
+def test_the_loss_falls(generator):
+    network, base = teacher_and_base(generator)
+    losses = []
+    settings = replace(SETTINGS, iterations=100, lr=0.05)
+    solve(network, base, settings=settings, on_iteration=lambda done, loss: losses.append((done, loss)))
+    start = solve_loss(network, base, torch.zeros(3, 1, 3, SIZE, SIZE), settings)
+    assert [done for done, _ in losses] == [50, 100]
+    assert (losses[-1][1] < start).all()
+
+
+def solve_loss(network, base, u, settings):
+    problem = Problem(MatchedTeacher(network, r_var=settings.r_var), base, torch.arange(CLASSES), settings)
+    with torch.no_grad():
+        return problem.loss(u, torch.zeros(len(base), 2, dtype=torch.int64))
+
+
+def test_bfloat16_ends_near_float32(generator):
+    network, base = teacher_and_base(generator)
+    ends = [
+        solve_loss(network, base, solve(network, base, settings=SETTINGS, precision=p)[:, None], SETTINGS)
+        for p in ("float32", "bfloat16")
+    ]
+    torch.testing.assert_close(ends[1], ends[0], rtol=0.05, atol=0)
+
+
+def test_image_mode_optimises_and_clamps_the_images(generator):
+    network, base = teacher_and_base(generator)
+    settings = replace(SETTINGS, optimise="images")
+    images = solve(network, base, settings=settings)
+    assert images.shape == base.shape
+    assert images.min() >= -2.0001 and images.max() <= 2.0001 and base.abs().max() > 2.1
+    with pytest.raises(InferFastError, match="mean and std"):
+        solve(network, base, settings=replace(settings, mean=None))
+
+
+def test_adjusted_weights_serve_one_task_alone_and_leak_nowhere(generator):
+    network, base = teacher_and_base(generator)
+    settings = replace(SETTINGS, steps=3, rho=0.5, iterations=5)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    views = draw_views(0, 0, [0, 1, 2], iterations=5, jitter=2)
+    together = solve(network, base, settings=settings, views=views)
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    alone = solve(network, base[1:2], settings=settings, views=views.lane(1))[0]
+    assert torch.equal(together[1], alone)
+    assert not torch.allclose(together[1], solve(network, base, settings=replace(settings, steps=0), views=views)[1])
+
+
+def test_weight_adjustment_equals_a_plain_float64_loop(generator):
+    network, base = teacher_and_base(generator, lanes=1)
+    settings = replace(SETTINGS, steps=12, rho=15e-3)
+    views = draw_views(0, 0, [0], iterations=20, jitter=2)
+    adjusted = adjusted_teacher(network.double(), base.double(), torch.arange(CLASSES), settings, views)
+    plain = build("convnet", CLASSES, (SIZE, SIZE), seed=1).eval().double()
+    plain.load_state_dict(network.state_dict())
+    for step in range(12):
+        plain.zero_grad()
+        x = torch.roll(base[0].double(), tuple(views.shift[step, 0].tolist()), (2, 3))
+        F.cross_entropy(plain(x), torch.arange(CLASSES)).backward()
+        grads = [p.grad for p in plain.parameters()]
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        with torch.no_grad():
+            for p, g in zip(plain.parameters(), grads, strict=True):
+                p += settings.rho / 12 * g / norm
+    for (name, ours), theirs in zip(adjusted.named_parameters(), plain.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), name
+
+
+def test_a_diverging_lane_is_named_and_the_others_go_on(generator):
+    network, base = teacher_and_base(generator)
+    views = draw_views(7, 0, [0, 1, 2], iterations=20, jitter=2)
+    expected = solve(network, base, settings=SETTINGS, views=views)
+    broken = base.clone()
+    broken[1, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match=r"lane 1 at iteration 0.*--lr") as caught:
+        solve(network, broken, settings=SETTINGS, views=views)
+    assert caught.value.failures == {1: 0}
+    assert torch.equal(caught.value.result[[0, 2]], expected[[0, 2]])
+
+
+def test_no_host_value_is_read_between_logs(generator, monkeypatch):
+    """Between two logs nothing calls item(), cpu(), tolist() or a truth value of a tensor."""
+    network, base = teacher_and_base(generator, lanes=2)
+    reads = []
+    for name in ("item", "cpu", "tolist", "__bool__", "__int__", "__float__"):
+        original = getattr(torch.Tensor, name)
+
+        def recording(self, *args, _original=original, _name=name, **kwargs):
+            reads.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, recording)
+    counts = []
+    for iterations in (10, 40):
+        reads.clear()
+        views = Views(torch.zeros(iterations, 2, 2, dtype=torch.int64))
+        solve(network, base, settings=replace(SETTINGS, iterations=iterations), views=views)
+        counts.append(len(reads))
+    assert counts[0] == counts[1]
+
+
+def test_arguments_that_do_not_fit_are_errors(generator):
+    network, base = teacher_and_base(generator)
+    with pytest.raises(InferFastError, match=r"\(L, C, 3, H, W\)"):
+        solve(network, base[0], settings=SETTINGS)
+    with pytest.raises(InferFastError, match=r"\(20, 3, 2\)"):
+        solve(network, base, settings=SETTINGS, views=draw_views(0, 0, [0], iterations=20, jitter=2))
+    with pytest.raises(InferFastError, match="not an engine"):
+        solve(network, base, settings=SETTINGS, engine="warp")
+    with pytest.raises(InferFastError, match="not a precision"):
+        solve(network, base, settings=SETTINGS, precision="int8")
+    with pytest.raises(InferFastError, match="at least 1 iteration"):
+        solve(network, base, settings=replace(SETTINGS, iterations=0))
+    with pytest.raises(InferFastError, match="no BatchNorm2d"):
+        solve(nn.Flatten(), base, settings=SETTINGS)
+    with pytest.raises(InferFastError, match="targets"):
+        solve(network, base, settings=SETTINGS, targets=torch.arange(3))
