@@ -115,9 +115,8 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     results = synthesise(plan, teachers, base, recipe.synthesis, folder, options)
     clock["synthesis"] = time.monotonic() - began
     if results is None:
-        print(
-            f"Tasks {options.ipc_start}..{_end(options, plan) - 1} are solved; run the others, then once without a range."
-        )
+        last = _end(options, plan) - 1
+        print(f"Tasks {options.ipc_start}..{last} are solved; run the others, then once without a range.")
         return []
 
     began = time.monotonic()
@@ -204,11 +203,12 @@ def _solve_batch(
     device = next(teacher.network.parameters()).device
     classes = torch.arange(batch.first_class, batch.last_class)
     own = replace(settings, skip_bn=(*settings.skip_bn, *_skipped(teacher.name)))
-    losses: list[torch.Tensor] = []
+    losses: list[list[float]] = [[] for _ in batch.indices]
 
-    def on_iteration(done: int, latest: torch.Tensor) -> None:
-        losses.append(latest)
-        advance(len(batch.indices) * (done - LOG_EVERY * (len(losses) - 1)))
+    def on_iteration(lanes: range, done: int, latest: torch.Tensor) -> None:
+        advance(len(lanes) * (done - LOG_EVERY * len(losses[lanes[0]])))
+        for lane, loss in zip(lanes, latest.tolist(), strict=True):
+            losses[lane].append(loss)
 
     failures: dict[int, int] = {}
     try:
@@ -233,7 +233,7 @@ def _solve_batch(
         result, failures = error.result, error.failures
     for lane, path in enumerate(paths):
         if lane not in failures:
-            write_tensors(path, {"optimised": result[lane], "losses": torch.stack([each[lane] for each in losses])})
+            write_tensors(path, {"optimised": result[lane], "losses": torch.tensor(losses[lane])})
     return [
         f"teacher {teacher.name}, index {batch.indices[lane]}, iteration {iteration}"
         for lane, iteration in failures.items()
@@ -282,6 +282,7 @@ def describe(plan: Plan, dataset: ImageDataset, seconds: dict[str, float]) -> st
     whole = dataset.train.images.nbytes
     what = f"{plan.compensators} compensators" if plan.compensators else "optimised images"
     lanes = max(len(b.indices) for b in plan.batches)
+    spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
     lines = [
         f"dataset    {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
         f"of {plan.size[0]}x{plan.size[1]}, {plan.classes} classes",
@@ -293,7 +294,7 @@ def describe(plan: Plan, dataset: ImageDataset, seconds: dict[str, float]) -> st
         f"images     {plan.image_bytes:,} bytes of a budget of {plan.budget_bytes:,} ({share:.1f} %; "
         f"{whole / plan.image_bytes:.1f} times smaller than the training split)",
         f"labels     {plan.label_bytes:,} bytes of soft labels",
-        f"estimate   {', '.join(f'{name} {value / 60:.1f} min' for name, value in seconds.items())} on {cli.device().type}",
+        f"estimate   {spent} on {cli.device().type}",
     ]
     return "\n".join(lines)
 

@@ -31,6 +31,8 @@ class SqueezeSettings:
     """random crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip (off for digits, where a mirror image is another thing)"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class StudentSettings:
     """random crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Recipe:
     """One published (or bundled) way from a dataset to a distilled set and the table that judges it."""
 
     dataset: str = "digits"
-    """digits, a torchvision name (cifar10, cifar100, fashion-mnist, mnist, kmnist, svhn), or any name with --data-path"""
+    """digits, a torchvision name (cifar10, cifar100, fashion-mnist, mnist, kmnist, svhn), or any with --data-path"""
     arch_name: tuple[str, ...] = ("resnet18",)
     """teachers, by name"""
     ipc: int = 10

@@ -20,7 +20,7 @@ from infer_fast.data.files import write_atomically, write_text
 from infer_fast.data.images import to_bytes
 
 PREVIEW_CLASSES = 10
-TILE = 64  # pixels a shown image is scaled to, at least
+TILE = 104  # pixels a shown image is scaled to, at least
 GAP = 4
 
 
@@ -30,7 +30,7 @@ def write_preview(distilled: DistilledSet, path: Path) -> None:
     shown = range(min(classes, PREVIEW_CLASSES))
     side = _side(distilled)
     views = distilled.views_per_base
-    columns = ["base image"] + [f"+ {t['name']}" for t in distilled.card.get("teachers", [])][: views - 1]
+    columns = ["base image", *[t["name"] for t in distilled.card.get("teachers", [])][: views - 1]]
     header = 18
     width = 90 + len(columns) * (side + GAP)
     picture = Image.new("RGB", (width, 2 * header + (side + GAP) * (len(shown) + 1)), "white")
@@ -65,8 +65,8 @@ tags: [dataset-distillation, infer_fast]
 
 # {data["name"]}, distilled
 
-{len(distilled):,} training instances from {size["images"]:,} bytes of images ({size["ratio"]:.1f} times smaller than the
-{size["dataset"]:,} bytes of the training split) and {size["labels"]:,} bytes of soft labels. Made with infer_fast
+{len(distilled):,} training instances from {size["images"]:,} bytes of images ({size["ratio"]:.1f} times smaller than
+the {size["dataset"]:,} bytes of the training split) and {size["labels"]:,} bytes of soft labels. Made with infer_fast
 {card["versions"]["infer_fast"]}, recipe `{card["recipe_name"]}`, {distilled.base.shape[1]} base images per class.
 
 Teachers:

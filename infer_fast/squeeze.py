@@ -113,7 +113,7 @@ def _train(dataset: ImageDataset, name: str, network: nn.Module, settings: Squee
             augmentation=Augmentation(settings.padding, settings.flip),
             generator=torch.Generator().manual_seed(seed),
         )
-        fit(network, _counted(stream, running), hard_loss, schedule)
+        fit(network, _counted(stream, running), hard_loss, schedule, precision=settings.precision)
         reached = measured_accuracy(network, dataset)
         running.note(f"test accuracy {reached:.2f} %")
     return reached

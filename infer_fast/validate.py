@@ -134,8 +134,8 @@ def table(rows: list[Row], whole_bytes: int) -> str:
     """The rows as a Markdown table; whole_bytes: the training split's images, what shares are taken of."""
     seeds = len(rows[0].last)
     head = [
-        f"| student | trained on | labels | instances | images, bytes | labels, bytes | accuracy % (mean ± std, n={seeds}) "
-        "| best % |",
+        "| student | trained on | labels | instances | images, bytes | labels, bytes "
+        f"| accuracy % (mean ± std, n={seeds}) | best % |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     body = [
@@ -255,7 +255,8 @@ def _train(
         generator=torch.Generator().manual_seed(seed),
     )
     schedule = Schedule(settings.optimizer, settings.lr, settings.weight_decay, settings.momentum, updates, per_epoch)
-    fit(network, stream, soft_loss(settings.temperature) if resident.soft else hard_loss, schedule, on_update=measure)
+    loss = soft_loss(settings.temperature) if resident.soft else hard_loss
+    fit(network, stream, loss, schedule, precision=settings.precision, on_update=measure)
     return measured
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,22 +51,48 @@ def tiny_dataset(generator: torch.Generator) -> ImageDataset:
     return image_dataset("tiny", split(12), split(6), ("a", "b", "c", "d"))
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One small finished run of the digits recipe, in a folder of its own: tests look at it and don't change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run_in(folder, "distill", *SMALL)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
 @pytest.fixture
-def run_module(tmp_path: Path):
-    """run_module("distill", "--flag", ...) -> CompletedProcess of `python -m infer_fast.distill --flag ...` in tmp_path."""
+def run_module(tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess]):
+    """run_module("distill", "--flag", ...) runs `python -m infer_fast.distill --flag ...` in tmp_path.
 
-    def run(module: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", f"infer_fast.{module}", *args]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=kwargs.pop("timeout", 240), check=False, **kwargs
-        )
-
-    return run
+    The finished run's teachers are there already, unless `--syn-data-path` leads elsewhere.
+    """
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "teachers").symlink_to(finished[0] / "runs" / "teachers")
+    return partial(run_in, tmp_path)
 
 
-SMALL = (
-    "--squeeze.epochs=2 --iteration=6 --lanes=2 --student.epochs=2 --seeds=1 --arch-name convnet convnet-silu --ipc=4"
-).split()
+@pytest.fixture
+def copied_run(tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess], run_module) -> Path:
+    """A copy of the finished run's folder in tmp_path/runs/digits, to be changed at will."""
+    return Path(shutil.copytree(finished[0] / "runs" / "digits", tmp_path / "runs" / "digits"))
+
+
+def run_in(folder: Path, module: str, *args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"infer_fast.{module}", *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+
+SMALL = [
+    "--squeeze.epochs=2",
+    "--iteration=6",
+    "--lanes=2",
+    "--student.epochs=2",
+    "--seeds=1",
+    "--arch-name",
+    "convnet",
+    "convnet-silu",
+    "--ipc=4",
+]
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ class DistilledSet(Dataset):
         return self.base.flatten(0, 1), base_index, flat, None if flat is None else index
 
     def save(self, folder: Path) -> Path:
-        """Writes distilled.safetensors atomically; the same set always gives the same bytes. The card is the caller's."""
+        """Writes distilled.safetensors atomically: the same set always gives the same bytes (not the card)."""
         path = Path(folder) / TENSORS
         write_tensors(path, self._tensors())
         return path

@@ -123,7 +123,7 @@ def _check(name: str, split: Split, which: str, classes: int) -> None:
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
         raise InferFastError(
-            f"{name}: label {wrong} in the {which} split is out of range: {classes} classes have labels 0..{classes - 1}."
+            f"{name}: label {wrong} in the {which} split is out of range: {classes} classes are 0..{classes - 1}."
         )
 
 

@@ -16,7 +16,7 @@ from infer_fast.ops import Quantised, compose
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop with `padding` black pixels on each side, horizontal flip, and MixUp with Beta(alpha, alpha) or none."""
+    """Random crop with `padding` black pixels on each side, horizontal flip, MixUp with Beta(alpha, alpha)."""
 
     padding: int = 0
     flip: bool = False

@@ -195,7 +195,7 @@ def _read_class_folders(folder: Path, classes: tuple[str, ...], image_size: int 
 def read_parquet(path: Path, image_size: int | None = None) -> tuple[Split, Split, tuple[str, ...]]:
     """Hugging Face parquet: column image|img as {bytes, path}, column fine_label|label as integers.
 
-    Splits by file name (train*, then test*, validation* or val*); class names from the Hugging Face schema if it is there.
+    Splits by file name (train*, then test* or val*); class names from the Hugging Face schema if it is there.
     """
     files = sorted(path.rglob("*.parquet"))
     train = [f for f in files if f.name.startswith("train")]
@@ -264,7 +264,7 @@ def _decode_all(items: list[tuple[str, Path | bytes]], image_size: int | None) -
         pixels = _decode(name, source, image_size)
         if pixels.shape != first.shape:
             raise InferFastError(
-                f"{name} is {pixels.shape[1]}x{pixels.shape[0]} where {items[0][0]} is {first.shape[1]}x{first.shape[0]}: "
+                f"{name} is {_pixels(pixels)} where {items[0][0]} is {_pixels(first)}: "
                 "all images must have one size (--image-size N brings them to NxN)."
             )
         images[position] = pixels
@@ -273,6 +273,10 @@ def _decode_all(items: list[tuple[str, Path | bytes]], image_size: int | None) -
         for _ in pool.map(place, range(len(items)), chunksize=256):
             pass
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _pixels(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
 
 
 def _decode(name: str, source: Path | bytes, image_size: int | None) -> np.ndarray:

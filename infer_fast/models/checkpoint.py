@@ -32,8 +32,8 @@ def load_checkpoint(network: nn.Module, path: Path) -> str:
     if wrong:
         first = wrong[0]
         raise InferFastError(
-            f"{path} does not fit {kind}: {first} is {tuple(state[first].shape)}, expected {tuple(expected[first].shape)} "
-            f"({len(wrong)} such) - another class count or another network?"
+            f"{path} does not fit {kind}: {first} is {tuple(state[first].shape)}, expected "
+            f"{tuple(expected[first].shape)} ({len(wrong)} such) - another class count or another network?"
         )
     if missing or unexpected:
         example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not expected"

@@ -103,7 +103,7 @@ class MatchedTeacher(nn.Module):
         kind = type(teacher).__name__
         if not norms:
             raise InferFastError(
-                f"{kind} has no BatchNorm2d: its statistics are what the images are matched to; choose a teacher with it."
+                f"{kind} has no BatchNorm2d, whose statistics are what images are matched to: choose another teacher."
             )
         for name, norm in norms:
             if norm.running_mean is None or norm.running_var is None:

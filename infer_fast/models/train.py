@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
+    """Makes the context of a network's pass: bfloat16 autocast or none; auto is bfloat16 on CUDA, else float32."""
+    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext
 
 
 @dataclass(frozen=True)
@@ -46,19 +54,25 @@ def fit(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     schedule: Schedule,
     *,
+    precision: str = "auto",
     on_update: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """Trains `network` in place on (images, targets) and leaves it in eval mode.
+    """Trains `network` in place on (images, targets) and leaves it in eval mode, weights float32 and channels_last.
 
+    precision: of the forward and backward pass, auto is bfloat16 on CUDA and float32 elsewhere.
     on_update(done) is called after every update. Raises InferFastError when the weights became NaN or infinite.
     """
+    network.to(memory_format=torch.channels_last)
+    low = autocast(next(network.parameters()).device, precision)
     optimizer = _optimizer(network, schedule)
     epochs = max(1, -(-schedule.updates // schedule.updates_per_epoch))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     network.train()
     for done, (images, targets) in enumerate(batches, start=1):
         optimizer.zero_grad(set_to_none=True)
-        loss(network(images), targets).backward()
+        with low():
+            logits = network(images.contiguous(memory_format=torch.channels_last))
+        loss(logits.float(), targets).backward()
         optimizer.step()
         if done % schedule.updates_per_epoch == 0:
             cosine.step()
@@ -75,10 +89,16 @@ def fit(
 
 
 @torch.no_grad()
-def predict(network: nn.Module, images: Callable[[torch.Tensor], torch.Tensor], count: int, batch_size: int = 512):
+def predict(
+    network: nn.Module, images: Callable[[torch.Tensor], torch.Tensor], count: int, batch_size: int = 512
+) -> torch.Tensor:
     """Logits float32 (count, C) of eval-mode `network` on images(positions) for positions 0..count-1, in batches."""
     network.eval()
-    return torch.cat([network(images(p)).float() for p in torch.arange(count).split(batch_size)])
+    logits = []
+    for positions in torch.arange(count).split(batch_size):
+        batch = images(positions).contiguous(memory_format=torch.channels_last)
+        logits.append(network(batch).float())
+    return torch.cat(logits)
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -88,7 +108,11 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+        return torch.optim.AdamW(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     return torch.optim.SGD(
-        network.parameters(), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+        network.parameters(),
+        lr=schedule.lr,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+        fused=True,
     )

@@ -90,8 +90,8 @@ def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | 
         k, teachers, chunk = _base_images(recipe, classes, size), range(len(recipe.arch_name)), classes
         if settings.batch_size < classes:
             raise InferFastError(
-                f"batch size {settings.batch_size} is too small for {classes} classes: a compensator is shared by all of "
-                f"them, so they are optimised in one batch (--batch-size {classes} or more)."
+                f"batch size {settings.batch_size} is too small for {classes} classes: a compensator is shared by all "
+                f"of them, so they are optimised in one batch (--batch-size {classes} or more)."
             )
     if chunk < 1:
         raise InferFastError(f"batch size {settings.batch_size} is too small: it must be at least 1.")
@@ -122,7 +122,7 @@ def _base_images(recipe: Recipe, classes: int, size: tuple[int, int]) -> int:
             n for n in range(recipe.ipc + 1, recipe.ipc + teachers + 3) if base_images_per_class(n, teachers, classes)
         )
         raise InferFastError(
-            f"ipc {recipe.ipc} is too small: with {teachers} teachers and {classes} classes the budget of {budget} bytes "
-            f"does not hold one base image per class and the compensators (--ipc {least} would, or fewer teachers)."
+            f"ipc {recipe.ipc} is too small: with {teachers} teachers and {classes} classes the budget of {budget} "
+            f"bytes does not hold one base image per class and the compensators (--ipc {least} would)."
         )
     return k

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
 from infer_fast.models.surgery import MatchedTeacher
+from infer_fast.models.train import autocast
 from infer_fast.ops import perturb_
 from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis.views import Views, circular_shift
@@ -30,13 +31,14 @@ class Problem:
     """L tasks of one teacher.
 
     base: float32 (L, C, 3, H, W), normalised, on the device; targets: int64 (C,), the class of each image of a lane;
-    teacher: the matched teacher all lanes share.
+    teacher: the matched teacher all lanes share; precision: of its pass (losses and what is optimised stay float32).
     """
 
     teacher: MatchedTeacher
     base: torch.Tensor
     targets: torch.Tensor
     settings: SynthesisSettings
+    precision: str = "auto"
 
     def start(self) -> torch.Tensor:
         """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W)."""
@@ -52,12 +54,13 @@ class Problem:
     def loss(self, optimised: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """Each lane's loss, float32 (L,); shift: int64 (L, 2), this iteration's view."""
         images = circular_shift(self.images(optimised), shift)
-        lanes, classes = images.shape[:2]
-        logits, penalty = self.teacher(images.flatten(0, 1), lanes)
+        lanes = len(images)
+        with autocast(images.device, self.precision)():
+            logits, penalty = self.teacher(images.flatten(0, 1), lanes)
         return lane_cross_entropy(logits, self.targets, lanes) + self.settings.r_bn * penalty
 
     def clamp_(self, optimised: torch.Tensor) -> None:
-        """Image mode: keeps the images in the normalised range of [0,1] pixels, in place. A compensator is left alone."""
+        """Image mode: keeps the images in the normalised range of [0,1] pixels, in place; else does nothing."""
         if self.settings.optimise == "images":
             low, high = pixel_range(self.settings, optimised.device)
             torch.minimum(torch.maximum(optimised, low, out=optimised), high, out=optimised)

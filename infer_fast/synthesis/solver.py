@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +60,7 @@ def solve(
     engine: str = "auto",
     precision: str = "auto",
     targets: torch.Tensor | None = None,
-    on_iteration: Callable[[int, torch.Tensor], None] | None = None,
+    on_iteration: Callable[[range, int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Solves L tasks of one teacher side by side; the result of each does not depend on the others.
 
@@ -69,7 +68,8 @@ def solve(
     base: float32 (L, C, 3, H, W), normalised. views: the random draws (T iterations, L lanes); by default those of
     tasks (teacher 0, index 0..L-1) under settings.seed. targets: int64 (C,), the class of each image of a lane
     (default 0..C-1). precision: bfloat16 runs the teacher under autocast, losses and u stay float32; auto is bfloat16
-    on CUDA and float32 elsewhere. on_iteration(done, losses (L,) on the CPU) is called every LOG_EVERY iterations.
+    on CUDA and float32 elsewhere. on_iteration(lanes, done, losses on the CPU, one for each of lanes) is called every
+    LOG_EVERY iterations of these lanes.
 
     Returns the compensators, float32 (L, 3, H, W), or in image mode the images, float32 (L, C, 3, H, W).
     Raises NonFiniteLossError when a lane diverged (the others are in it), InferFastError for arguments that don't fit.
@@ -81,8 +81,7 @@ def solve(
     if views is None:
         views = draw_views(settings.seed, 0, list(range(lanes)), iterations=settings.iterations, jitter=settings.jitter)
     views = views.to(base.device)
-    autocast = _autocast(base.device, precision)
-    run = _Run(backend, autocast, on_iteration)
+    run = _Run(backend, precision, on_iteration)
     if settings.steps == 0:
         return run.together(teacher, base, targets, settings, views)
     return run.one_by_one(teacher, base, targets, settings, views)  # adjusted weights serve one task alone
@@ -91,10 +90,10 @@ def solve(
 @dataclass
 class _Run:
     backend: str | None
-    autocast: Callable
-    on_iteration: Callable[[int, torch.Tensor], None] | None
+    precision: str
+    on_iteration: Callable[[range, int, torch.Tensor], None] | None
 
-    def together(self, teacher, base, targets, settings, views) -> torch.Tensor:
+    def together(self, teacher, base, targets, settings, views, first_lane: int = 0) -> torch.Tensor:
         matched = MatchedTeacher(
             teacher,
             first_bn_multiplier=settings.first_bn_multiplier,
@@ -102,16 +101,15 @@ class _Run:
             skip_bn=settings.skip_bn,
             backend=self.backend,
         )
-        problem = Problem(matched, base, targets, settings)
+        problem = Problem(matched, base, targets, settings, self.precision)
         state = start_state(problem, views)
         for iteration in range(settings.iterations):
-            with self.autocast():
-                iterate(problem, state)
+            iterate(problem, state)
             done = iteration + 1
             if done % LOG_EVERY == 0 or done == settings.iterations:
                 latest = state.losses[iteration].cpu()
                 if self.on_iteration is not None:
-                    self.on_iteration(done, latest)
+                    self.on_iteration(range(first_lane, first_lane + len(base)), done, latest)
                 if not latest.isfinite().any():
                     break
         result = state.optimised if settings.optimise == "images" else state.optimised[:, 0]
@@ -126,7 +124,7 @@ class _Run:
             own, lane_base = views.lane(lane), base[lane : lane + 1]
             adjusted = adjusted_teacher(teacher, lane_base, targets, settings, own)
             try:
-                results.append(self.together(adjusted, lane_base, targets, settings, own))
+                results.append(self.together(adjusted, lane_base, targets, settings, own, lane))
             except NonFiniteLossError as error:
                 results.append(error.result)
                 failures[lane] = error.failures[0]
@@ -188,14 +186,6 @@ def failed_lanes(losses: torch.Tensor) -> dict[int, int]:
     """{lane: first iteration whose loss is not finite} of losses (T, L)."""
     bad = ~losses.isfinite()
     return {lane: int(bad[:, lane].nonzero()[0]) for lane in range(losses.shape[1]) if bad[:, lane].any()}
-
-
-def _autocast(device: torch.device, precision: str) -> Callable:
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
-    if precision == "float32":
-        return nullcontext
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _check(base, settings, views, engine, precision, targets) -> None:

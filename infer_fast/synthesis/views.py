@@ -56,7 +56,7 @@ class _CircularShift(torch.autograd.Function):
 
 
 def circular_shift(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Lane l of x (L, ..., H, W) rolled down by shift[l, 0] and right by shift[l, 1]; shift int64 (L, 2) on x's device."""
+    """Lane l of x (L, ..., H, W) rolled down by shift[l, 0] and right by shift[l, 1]; shift int64 (L, 2)."""
     return _CircularShift.apply(x, shift)
 
 

@@ -24,7 +24,7 @@ def test_each_epoch_holds_every_instance_once_and_updates_are_counted(generator)
         batches(resident(generator), batch_size=4, updates=7, augmentation=Augmentation(), generator=generator)
     )
     assert [len(images) for images, _ in stream] == [4, 4, 2, 4, 4, 2, 4]
-    first, second = (sum((levels(images) for images, _ in part), []) for part in (stream[:3], stream[3:6]))
+    first, second = ([level for images, _ in part for level in levels(images)] for part in (stream[:3], stream[3:6]))
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 

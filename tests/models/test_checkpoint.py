@@ -73,7 +73,11 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
 
 def test_damaged_files_are_errors(tmp_path):
     whole = saved(tmp_path / "c.pth", build("convnet", 4, (8, 8)).state_dict()).read_bytes()
-    for name, content in {"cut.pth": whole[: len(whole) // 2], "text.pth": b"hello", "cut.safetensors": b"\x00" * 40}.items():
+    for name, content in {
+        "cut.pth": whole[: len(whole) // 2],
+        "text.pth": b"hello",
+        "cut.safetensors": b"\x00" * 40,
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InferFastError, match=name):
             load_checkpoint(build("convnet", 4, (8, 8)), tmp_path / name)

@@ -33,9 +33,7 @@ def penalty_with_hooks(network, x, first_bn_multiplier=10.0, r_var=1.0, skip=())
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
             weight = first_bn_multiplier if position == 0 else 1.0
             if position not in skip:
-                total.append(
-                    weight * (r_var * (var - module.running_var).norm() + (mean - module.running_mean).norm())
-                )
+                total.append(weight * (r_var * (var - module.running_var).norm() + (mean - module.running_mean).norm()))
 
         return add
 

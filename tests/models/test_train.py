@@ -24,9 +24,9 @@ def test_hard_loss_is_cross_entropy_with_probabilities(generator):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_fit_learns_and_follows_the_cosine_per_epoch(generator, optimizer):
-    x = torch.randn(64, 4, generator=generator)
-    y = (x[:, 0] > 0).long()
-    network = nn.Linear(4, 2)
+    x = torch.randn(64, 4, 1, 1, generator=generator)
+    y = (x[:, 0, 0, 0] > 0).long()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     rates = []
 
     def stream():
@@ -50,13 +50,13 @@ def test_fit_learns_and_follows_the_cosine_per_epoch(generator, optimizer):
 
 
 def test_divergence_is_an_error():
-    network = nn.Linear(2, 2)
-    stream = [(torch.full((1, 2), float("nan")), torch.ones(1, 2))]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    stream = [(torch.full((1, 2, 1, 1), float("nan")), torch.ones(1, 2))]
     with pytest.raises(InferFastError, match="diverged"):
         fit(network, stream, hard_loss, Schedule("sgd", 0.1, 0.0, 0.0, 1, 1))
 
 
 def test_predict_covers_every_position_once():
     network = nn.Identity()
-    logits = predict(network, lambda p: p.float().view(-1, 1), 11, batch_size=4)
+    logits = predict(network, lambda p: p.float().view(-1, 1, 1, 1), 11, batch_size=4)
     assert logits.flatten().tolist() == list(range(11))

@@ -106,7 +106,7 @@ def test_the_loss_falls(generator):
     network, base = teacher_and_base(generator)
     losses = []
     settings = replace(SETTINGS, iterations=100, lr=0.05)
-    solve(network, base, settings=settings, on_iteration=lambda done, loss: losses.append((done, loss)))
+    solve(network, base, settings=settings, on_iteration=lambda _, *report: losses.append(report))
     start = solve_loss(network, base, torch.zeros(3, 1, 3, SIZE, SIZE), settings)
     assert [done for done, _ in losses] == [50, 100]
     assert (losses[-1][1] < start).all()

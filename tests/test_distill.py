@@ -1,0 +1,214 @@
+"""The main job through its command line: the whole way, killed and resumed, sharded, and every bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import infer_fast
+from infer_fast.data.files import read_tensors
+
+
+def test_the_whole_way_ends_with_the_table(finished):
+    folder, done = finished
+    run = folder / "runs" / "digits"
+    for row in ("distilled | soft", "distilled | hard", "random real | soft", "random real | hard", "whole dataset"):
+        assert row in done.stdout
+    assert {p.name for p in run.iterdir()} >= {
+        "distilled.safetensors", "card.json", "README.md", "preview.png", "report.html", "table.md", "results.json",
+    }  # fmt: skip
+    distilled = infer_fast.load(run)
+    assert distilled.base.shape == (10, 3, 3, 8, 8) and distilled.compensators.values.shape == (2, 3, 3, 8, 8)
+    assert len(distilled) == 10 * 3 * 3
+    card = json.loads((run / "card.json").read_text())
+    assert card["bytes"]["images"] == distilled.image_bytes <= card["bytes"]["budget"] == 10 * 4 * 192
+    assert len(card["results"]) == 5 and card["teachers"][0]["name"] == "convnet"
+    assert card["tasks"][0]["last_loss"] > 0 and card["recipe"]["synthesis"]["iterations"] == 6
+    assert "synthesis: 36/36 task iterations" in done.stderr
+
+
+def test_the_file_weighs_what_the_card_says(finished):
+    path = finished[0] / "runs" / "digits" / "distilled.safetensors"
+    distilled = infer_fast.load(path)
+    overhead = path.stat().st_size - distilled.image_bytes - distilled.label_bytes
+    assert 0 < overhead < 1000  # safetensors' header alone
+
+
+def test_running_again_keeps_the_bytes_and_does_no_work(finished, copied_run, run_module, small_flags):
+    path = copied_run / "distilled.safetensors"
+    before = path.read_bytes()
+    path.unlink()
+    again = run_module("distill", *small_flags)
+    assert again.returncode == 0 and path.read_bytes() == before
+    assert "squeeze" not in again.stderr
+    first, second = (
+        [line for line in done.stdout.splitlines() if line.startswith("|")] for done in (finished[1], again)
+    )
+    assert first == second
+
+
+def test_killed_in_the_middle_of_synthesis_and_run_again_gives_the_same_bytes(tmp_path, run_module, small_flags):
+    """SIGKILL once the first task is on the disk, as long as others are not."""
+    flags = [f for f in small_flags if not f.startswith(("--iteration", "--lanes"))] + ["--iteration=60", "--lanes=1"]
+    flags += ["--compare=none", "--student.epochs=1"]
+    assert run_module("distill", *flags, "--exp-name=whole").returncode == 0
+    command = [sys.executable, "-m", "infer_fast.distill", *flags, "--exp-name=killed"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("tasks/*/*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished_tasks = len(list(killed.glob("tasks/*/*.safetensors")))
+    assert 0 < finished_tasks < 6 and not (killed / "distilled.safetensors").exists()
+    again = run_module("distill", *flags, "--exp-name=killed")
+    assert again.returncode == 0, again.stderr
+    assert (killed / "distilled.safetensors").read_bytes() == (whole / "distilled.safetensors").read_bytes()
+
+
+def test_ranges_of_tasks_together_equal_one_run(tmp_path, run_module, small_flags):
+    flags = [f.replace("--lanes=2", "--lanes=1") for f in small_flags]
+    whole = run_module("distill", *flags, "--compare=none", "--exp-name=whole")
+    first = run_module("distill", *flags, "--compare=none", "--exp-name=parts", "--ipc-start=0", "--ipc-end=2")
+    assert first.returncode == 0 and "Tasks 0..1 are solved" in first.stdout, first.stderr
+    assert not (tmp_path / "runs" / "parts" / "distilled.safetensors").exists()
+    second = run_module("distill", *flags, "--compare=none", "--exp-name=parts", "--ipc-start=2")
+    assert (whole.returncode, second.returncode) == (0, 0)
+    one, two = (tmp_path / "runs" / n / "distilled.safetensors" for n in ("whole", "parts"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_lanes_change_nothing_but_rounding(tmp_path, run_module, small_flags):
+    for lanes in (1, 3):
+        flags = [f"--lanes={lanes}" if f.startswith("--lanes") else f for f in small_flags]
+        assert run_module("distill", *flags, "--compare=none", f"--exp-name={lanes}").returncode == 0
+    tasks = [sorted((tmp_path / "runs" / str(n)).rglob("tasks/*/*.safetensors")) for n in (1, 3)]
+    assert len(tasks[0]) == len(tasks[1]) == 6
+    for one, three in zip(*tasks, strict=True):
+        assert one.name == three.name
+        alone, together = (read_tensors(p)[0]["optimised"] for p in (one, three))
+        assert (alone - together).norm() / alone.norm() < 1e-4
+
+
+def test_given_base_images_are_kept(tmp_path, run_module, small_flags, generator):
+    (tmp_path / "init").mkdir()
+    given = torch.randint(0, 256, (10, 3, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    for j in range(3):
+        torch.save(given[:, j].clone(), tmp_path / "init" / f"tensor_{j}.pt")
+    flags = [*small_flags, "--compare=none", "--init-path=init"]
+    done = run_module("distill", *flags)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(infer_fast.load(tmp_path / "runs" / "digits").base, given)
+    torch.save(given[:5, 0].clone(), tmp_path / "init" / "tensor_1.pt")
+    wrong = run_module("distill", *flags)
+    assert wrong.returncode == 1 and "tensor_1.pt holds (5, 3, 8, 8), expected a tensor (10, 3, 8, 8)" in wrong.stderr
+    (tmp_path / "init" / "tensor_2.pt").unlink()
+    (tmp_path / "init" / "tensor_1.pt").write_bytes(b"no tensor")
+    assert "can be loaded safely" in run_module("distill", *flags).stderr
+
+
+def test_image_mode_goes_the_whole_way(tmp_path, run_module, small_flags):
+    """SRe2L's point (images, from noise) with DWA's adjusted weights: nothing but flags."""
+    done = run_module(
+        "distill", *small_flags, "--optimise=images", "--start=noise", "--steps=2", "--batch-size=7", "--compare=none"
+    )
+    assert done.returncode == 0, done.stderr
+    distilled = infer_fast.load(tmp_path / "runs" / "digits")
+    assert distilled.compensators is None and distilled.base.shape == (10, 4, 3, 8, 8) and len(distilled) == 40
+
+
+def test_imported_teachers_are_used_and_measured(tmp_path, finished, run_module, small_flags):
+    """A checkpoint of a trained teacher, wrapped as others wrap it, gives back the accuracy it was trained to."""
+    cards = json.loads((finished[0] / "runs" / "digits" / "card.json").read_text())["teachers"]
+    trained = finished[0] / "runs" / "digits" / cards[0]["path"]
+    state, card = read_tensors(trained)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "t.pth")
+    flags = ["--arch-name", "convnet", "--arch-path", "t.pth", "--compare=none"]
+    done = run_module("distill", *small_flags, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "import convnet: 1/1 checkpoint" in done.stderr
+    assert f"test accuracy {card['accuracy']:.2f} %" in done.stderr
+
+
+BAD = {
+    "unknown recipe": (["nonsense"], 2, "not a recipe"),
+    "unknown flag": (["--no-such-flag"], 2, "no-such-flag"),
+    "wrong type": (["--ipc=many"], 2, "many"),
+    "missing path": (["--data-path=nowhere"], 1, "nowhere does not exist"),
+    "unknown network": (["--arch-name", "resnet19"], 1, "'resnet19' is not a network"),
+    "ipc too small": (["--ipc=1"], 1, "ipc 1 is too small"),
+    "ipc too large": (["--ipc=1000"], 1, "fewer than the"),
+    "diverging": (["--lr=1e38"], 1, "The loss became NaN or infinite in teacher convnet, index 0, iteration"),
+    "missing checkpoints": (["--arch-path", "a.pth"], 1, "1 checkpoints were given for 2 teachers"),
+    "forced backend": (["--backend=triton"], 1, "triton backend was asked for but can't serve"),
+    "no seeds": (["--seeds=0"], 1, "at least 1 is needed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_an_exit_code(run_module, small_flags, case):
+    flags, code, words = BAD[case]
+    done = run_module("distill", *(flags if case == "unknown recipe" else [*small_flags, *flags]))
+    assert done.returncode == code, done.stderr
+    assert words in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    if code == 1:
+        assert sum(line.startswith("infer_fast: ") for line in done.stderr.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(run_module, small_flags):
+    done = run_module("distill", *small_flags, "--data-path=nowhere", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_diverging_batch_loses_none_of_the_others(tmp_path, run_module, small_flags, generator):
+    """Teacher 1 can't be matched (its statistics are infinite); all of teacher 0's tasks are saved all the same."""
+    from infer_fast.models import build
+
+    for name in ("convnet", "convnet-silu"):
+        state = build(name, 10, (8, 8), seed=0).state_dict()
+        if name == "convnet-silu":
+            state["stages.0.1.running_mean"].fill_(float("inf"))
+        torch.save(state, tmp_path / f"{name}.pth")
+    done = run_module("distill", *small_flags, "--arch-path", "convnet.pth", "convnet-silu.pth", "--compare=none")
+    assert done.returncode == 1 and "teacher convnet-silu, index 2, iteration 0" in done.stderr
+    tasks = {p.name for p in (tmp_path / "runs" / "digits" / "tasks").glob("*/*")}
+    assert tasks == {f"0-convnet-000{j}.safetensors" for j in range(3)}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_module):
+    done = run_module("distill", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for words in ("28 tasks", "k = 7", "19,152 bytes of a budget of 19,200", "estimate"):
+        assert words in done.stdout
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["teachers"]
+
+
+def test_underscores_and_hyphens_are_alike(run_module):
+    first, second = (
+        run_module("distill", "--dry-run", f"--{flag}=3") for flag in ("first-bn-multiplier", "first_bn_multiplier")
+    )
+    assert first.returncode == second.returncode == 0
+
+
+def test_help_shows_settings_with_defaults(run_module):
+    done = run_module("distill", "--help")
+    assert done.returncode == 0
+    for flag in (
+        "--iteration",
+        "--r-bn",
+        "--first-bn-multiplier",
+        "--ipc",
+        "--init-path",
+        "--steps",
+        "--rho",
+        "--r-var",
+    ):
+        assert flag in done.stdout
+    assert "default: 150" in done.stdout

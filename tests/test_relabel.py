@@ -1,0 +1,45 @@
+"""Static labels: the average of the teachers' logits on what a student will see."""
+
+import torch
+
+import infer_fast
+from infer_fast.data.distilled import DistilledSet, quantise
+from infer_fast.models import build
+from infer_fast.relabel import label_images, relabel
+from infer_fast.squeeze import Teacher
+
+
+def teachers():
+    return [
+        Teacher(n, build(n, 4, (8, 8), seed=i).eval(), 0.0, None, "") for i, n in enumerate(("convnet", "convnet-silu"))
+    ]
+
+
+def test_labels_are_the_averaged_logits_of_stored_instances(tiny_dataset, generator):
+    base = torch.stack([tiny_dataset.train.images[tiny_dataset.train.labels == c][:2] for c in range(4)])
+    compensators = quantise(torch.randn(3, 2, 3, 8, 8, generator=generator), tiny_dataset.std)
+    empty = torch.zeros(4, 2, 4, 4, dtype=torch.float16)
+    distilled = relabel(
+        DistilledSet(base, compensators, empty, tiny_dataset.mean, tiny_dataset.std, tiny_dataset.classes), teachers()
+    )
+    instances = torch.stack([distilled[i][0] for i in range(len(distilled))])
+    with torch.no_grad():
+        expected = sum(t.network(instances) for t in teachers()) / 2
+    torch.testing.assert_close(distilled.logits.reshape(-1, 4).float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_real_images_get_the_same_kind_of_label(tiny_dataset):
+    logits = label_images(tiny_dataset.test.images, tiny_dataset.mean, tiny_dataset.std, teachers())
+    assert logits.shape == (24, 4) and torch.equal(logits, logits.half().float())
+
+
+def test_command_line_restores_labels(run_module, copied_run):
+    folder = copied_run
+    before = (folder / "distilled.safetensors").read_bytes()
+    assert "same labels as before" in run_module("relabel").stdout
+    assert (folder / "distilled.safetensors").read_bytes() == before
+    distilled = infer_fast.load(folder)
+    distilled.logits.zero_()
+    distilled.save(folder)
+    assert "labels changed" in run_module("relabel").stdout
+    assert (folder / "distilled.safetensors").read_bytes() == before

@@ -1,0 +1,65 @@
+"""Teachers: trained, kept, imported."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from infer_fast.errors import InferFastError
+from infer_fast.models.checkpoint import file_hash
+from infer_fast.recipes import SqueezeSettings
+from infer_fast.squeeze import load_teacher, squeeze
+
+SETTINGS = SqueezeSettings(epochs=6, batch_size=12, lr=0.05, padding=0, flip=False)
+
+
+def test_teachers_learn_and_are_kept(tiny_dataset, tmp_path):
+    first, second = squeeze(tiny_dataset, ("convnet", "convnet-silu"), SETTINGS, folder=tmp_path)
+    assert first.accuracy > 80 and not first.network.training
+    assert not any(p.requires_grad for p in first.network.parameters())
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    again = squeeze(tiny_dataset, ("convnet-silu",), SETTINGS, folder=tmp_path)[0]
+    assert (again.path, again.accuracy, again.sha256) == (second.path, second.accuracy, second.sha256)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+
+
+def test_other_settings_seed_or_data_are_another_teacher(tiny_dataset, tmp_path):
+    short = replace(SETTINGS, epochs=1)
+    squeeze(tiny_dataset, ("convnet",), short, folder=tmp_path)
+    squeeze(tiny_dataset, ("convnet",), short, seed=1, folder=tmp_path)
+    squeeze(tiny_dataset, ("convnet",), replace(short, lr=0.01), folder=tmp_path)
+    tiny_dataset.train.images[0, 0, 0, 0] ^= 1
+    squeeze(replace(tiny_dataset), ("convnet",), short, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_dataset, tmp_path):
+    one, two = (squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path / n)[0] for n in ("a", "b"))
+    assert one.sha256 == two.sha256
+
+
+def test_imports_are_measured_and_kept_under_the_files_hash(tiny_dataset, tmp_path):
+    trained = squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path / "a")[0]
+    torch.save(trained.network.state_dict(), tmp_path / "t.pth")
+    imported = squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path / "b", checkpoints=(tmp_path / "t.pth",))[
+        0
+    ]
+    assert imported.accuracy == trained.accuracy
+    with pytest.raises(InferFastError, match="does not exist"):
+        squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path / "b", checkpoints=(tmp_path / "no.pth",))
+    with pytest.raises(InferFastError, match="give one for each"):
+        squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path, checkpoints=(tmp_path / "t.pth",) * 2)
+
+
+def test_a_changed_teacher_file_is_noticed(tiny_dataset, tmp_path):
+    teacher = squeeze(tiny_dataset, ("convnet",), replace(SETTINGS, epochs=1), folder=tmp_path)[0]
+    assert teacher.sha256 == file_hash(teacher.path)
+    with pytest.raises(InferFastError, match="not the teacher that was used"):
+        load_teacher("convnet", teacher.path, 4, (8, 8), "0" * 64)
+    with pytest.raises(InferFastError, match="does not hold a convnet for 5 classes"):
+        load_teacher("convnet", teacher.path, 5, (8, 8))
+
+
+def test_command_line(run_module):
+    done = run_module("squeeze", "--arch-name", "convnet", "--epochs", "1")
+    assert done.returncode == 0 and "convnet: test accuracy" in done.stdout, done.stderr
