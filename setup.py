@@ -4,8 +4,13 @@ The extension uses pybind11 and no torch headers, so one build serves every torc
 install goes on and says so; the package then runs on its PyTorch backend.
 """
 
+import sys
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+
+# OpenMP on Linux, where torch brings libgomp: our loops then run on torch's own threads. std::thread elsewhere.
+THREADS = ["-fopenmp"] if sys.platform == "linux" else ["-pthread"]
 
 
 class OptionalBuildExt(build_ext):
@@ -50,11 +55,11 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "infer_fast._native",
-            ["csrc/bindings.cpp", "csrc/compose.cpp"],
-            depends=["csrc/ops.h"],
+            ["csrc/bindings.cpp", "csrc/bn_match.cpp", "csrc/compose.cpp", "csrc/perturb.cpp"],
+            depends=["csrc/ops.h", "csrc/bn_match_kernels.h", "csrc/bn_match_target.h"],
             cxx_std=17,
-            extra_compile_args=["-O3", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_compile_args=["-O3", *THREADS],
+            extra_link_args=THREADS,
         )
     ],
     cmdclass={"build_ext": OptionalBuildExt},

@@ -11,6 +11,7 @@ namespace py = pybind11;
 
 namespace {
 
+using infer_fast::BnMatchArguments;
 using infer_fast::ComposeArguments;
 
 template <typename T>
@@ -69,9 +70,97 @@ void compose(std::uintptr_t base, std::uintptr_t base_index, std::uintptr_t comp
   infer_fast::compose(arguments, threads);
 }
 
+// x, residual, weight, bias, running_mean, running_var, mean, var, mask, y, penalty, grad_y, grad_penalty, grad_x,
+// grad_residual, in this order; 0 where an argument is not given.
+using BnMatchPointers = std::array<std::uintptr_t, 15>;
+
+BnMatchArguments bn_match_arguments(const BnMatchPointers& p, double eps, double r_var, int64_t lanes, int64_t batch,
+                                    int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last,
+                                    int activation, int threads) {
+  require(lanes >= 1, "bn_match: lanes must be at least 1");
+  require(batch >= 0 && channels >= 0 && plane >= 0, "bn_match: a size is negative");
+  require(activation >= 0 && activation <= 3, "bn_match: activation must be 0..3");
+  require(threads >= 1, "bn_match: threads must be at least 1");
+  return {pointer<const void>(p[0]),
+          pointer<const void>(p[1]),
+          pointer<const float>(p[2]),
+          pointer<const float>(p[3]),
+          pointer<const float>(p[4]),
+          pointer<const float>(p[5]),
+          pointer<float>(p[6]),
+          pointer<float>(p[7]),
+          pointer<uint8_t>(p[8]),
+          pointer<void>(p[9]),
+          pointer<float>(p[10]),
+          pointer<const void>(p[11]),
+          pointer<const float>(p[12]),
+          pointer<void>(p[13]),
+          pointer<void>(p[14]),
+          eps,
+          r_var,
+          lanes,
+          batch,
+          channels,
+          plane,
+          is_bfloat16,
+          channels_last,
+          static_cast<infer_fast::Activation>(activation)};
+}
+
+bool is_empty(const BnMatchArguments& a) { return a.batch == 0 || a.channels == 0 || a.plane == 0; }
+
+void bn_match_forward(const BnMatchPointers& pointers, double eps, double r_var, int64_t lanes, int64_t batch,
+                      int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last, int activation,
+                      int threads) {
+  const auto a = bn_match_arguments(pointers, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last,
+                                    activation, threads);
+  require(!is_empty(a), "bn_match: x is empty");
+  require(a.x && a.running_mean && a.running_var && a.mean && a.var && a.y && a.penalty,
+          "bn_match: x, the running and batch statistics, y and penalty must not be null");
+  py::gil_scoped_release release;
+  infer_fast::bn_match_forward(a, threads);
+}
+
+void bn_match_backward(const BnMatchPointers& pointers, double eps, double r_var, int64_t lanes, int64_t batch,
+                       int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last, int activation,
+                       int threads) {
+  const auto a = bn_match_arguments(pointers, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last,
+                                    activation, threads);
+  require(!is_empty(a), "bn_match: x is empty");
+  require(a.x && a.running_mean && a.running_var && a.mean && a.var && a.grad_y && a.grad_penalty && a.grad_x,
+          "bn_match: x, the running and batch statistics and the gradients must not be null");
+  const bool gates = a.activation == infer_fast::Activation::relu || a.activation == infer_fast::Activation::relu6;
+  require(!a.grad_residual || !gates || a.mask, "bn_match: a residual's backward with relu or relu6 needs the mask");
+  require(!a.grad_residual || a.activation != infer_fast::Activation::silu || a.residual,
+          "bn_match: a residual's backward with silu needs the residual");
+  py::gil_scoped_release release;
+  infer_fast::bn_match_backward(a, threads);
+}
+
+void perturb(const std::vector<std::uintptr_t>& params, const std::vector<std::uintptr_t>& grads,
+             const std::vector<int64_t>& sizes, double rho, int threads) {
+  require(params.size() == grads.size() && params.size() == sizes.size(),
+          "perturb: params, grads and sizes must have one length");
+  require(threads >= 1, "perturb: threads must be at least 1");
+  std::vector<float*> p;
+  std::vector<const float*> g;
+  for (size_t i = 0; i < params.size(); ++i) {
+    require(sizes[i] >= 0, "perturb: a size is negative");
+    require(sizes[i] == 0 || (params[i] && grads[i]), "perturb: a tensor must not be null");
+    p.push_back(pointer<float>(params[i]));
+    g.push_back(pointer<const float>(grads[i]));
+  }
+  py::gil_scoped_release release;
+  infer_fast::perturb(p, g, sizes, rho, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The CPU backend of infer_fast.ops: raw pointers in, no torch headers.";
   module.def("compose", &compose, "See infer_fast.ops.compose.");
+  module.def("bn_match_forward", &bn_match_forward, "See infer_fast.ops.bn_match.");
+  module.def("bn_match_backward", &bn_match_backward, "See infer_fast.ops.bn_match.");
+  module.def("bn_match_mask_bytes", &infer_fast::bn_match_mask_bytes, "Bytes of bn_match's mask.");
+  module.def("perturb", &perturb, "See infer_fast.ops.perturb_.");
 }

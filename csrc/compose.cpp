@@ -38,6 +38,15 @@ void read_row(const ComposeArguments& a, int64_t item, int64_t channel, int64_t 
     }
 }
 
+inline void store(float value, float* out) { *out = value; }
+
+// To nearest, ties to even. (A composed pixel is never NaN.)
+inline void store(float value, bfloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 template <typename Scalar>
 void compose_images(const ComposeArguments& a, int64_t begin, int64_t end) {
   std::vector<float> own(static_cast<size_t>(a.width)), other(static_cast<size_t>(a.width));
@@ -60,7 +69,7 @@ void compose_images(const ComposeArguments& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void compose(const ComposeArguments& a, int threads) {
-  parallel_ranges(a.batch, threads, 16, [&a](int64_t begin, int64_t end) {
+  parallel_ranges(a.batch, threads, 16, [&a](int64_t, int64_t begin, int64_t end) {
     if (a.out_is_bfloat16)
       compose_images<bfloat16>(a, begin, end);
     else

@@ -4,45 +4,41 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <thread>
 #include <vector>
+
+#ifndef _OPENMP
+#include <thread>
+#endif
 
 namespace infer_fast {
 
-// bfloat16 kept as its 16 bits; rounding is to nearest, ties to even, NaN stays NaN.
+// bfloat16 kept as its 16 bits.
 struct bfloat16 {
   uint16_t bits;
 };
 
-inline void store(float value, float* out) { *out = value; }
-
-inline void store(float value, bfloat16* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    out->bits = static_cast<uint16_t>((bits >> 16) | 0x40u);
-    return;
-  }
-  bits += 0x7fffu + ((bits >> 16) & 1u);
-  out->bits = static_cast<uint16_t>(bits >> 16);
-}
-
-// Runs body(begin, end) over equal ranges of [0, count), on at most `threads` threads, this one among them.
+// Runs body(part, begin, end) over equal ranges of [0, count), in fewer parts than `threads` if there is little to do;
+// the first part runs on this thread. With
+// OpenMP these are the very threads that torch uses (one libgomp in the process), so none compete for a core.
 template <typename Body>
 void parallel_ranges(int64_t count, int threads, int64_t least_per_thread, const Body& body) {
-  int64_t parts = least_per_thread > 0 ? count / least_per_thread : count;
+  int64_t parts = least_per_thread > 1 ? count / least_per_thread : count;
   if (parts > threads) parts = threads;
   if (parts <= 1) {
-    if (count > 0) body(int64_t{0}, count);
+    if (count > 0) body(int64_t{0}, int64_t{0}, count);
     return;
   }
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+  for (int64_t p = 0; p < parts; ++p) body(p, count * p / parts, count * (p + 1) / parts);
+#else
   std::vector<std::thread> others;
   others.reserve(static_cast<size_t>(parts - 1));
   for (int64_t p = 1; p < parts; ++p)
-    others.emplace_back([&body, p, parts, count] { body(count * p / parts, count * (p + 1) / parts); });
-  body(int64_t{0}, count / parts);
+    others.emplace_back([&body, p, parts, count] { body(p, count * p / parts, count * (p + 1) / parts); });
+  body(int64_t{0}, int64_t{0}, count / parts);
   for (auto& thread : others) thread.join();
+#endif
 }
 
 // The arguments of infer_fast.ops.compose; a null pointer means that the argument was not given.
@@ -64,5 +60,41 @@ struct ComposeArguments {
 };
 
 void compose(const ComposeArguments& arguments, int threads);
+
+enum class Activation { none = 0, relu = 1, relu6 = 2, silu = 3 };
+
+// The arguments of infer_fast.ops.bn_match, forward and backward. Images of one lane lie side by side; a tensor is
+// either contiguous (plane = H*W elements per channel) or channels_last (rows of C elements).
+struct BnMatchArguments {
+  const void* x;         // (lanes*B, C, H, W)
+  const void* residual;  // like x, or null
+  const float* weight;   // (C,) or null
+  const float* bias;     // (C,) or null
+  const float* running_mean;
+  const float* running_var;
+  float* mean;     // (lanes, C): mean - running_mean, written by forward, read by backward
+  float* var;      // (lanes, C): biased variance, likewise
+  uint8_t* mask;   // one bit per element where act' is 1, written by forward with a residual and relu or relu6; or null
+  void* y;         // forward: like x
+  float* penalty;  // forward: (lanes,)
+  const void* grad_y;           // backward: like x
+  const float* grad_penalty;    // backward: (lanes,)
+  void* grad_x;                 // backward: like x
+  void* grad_residual;          // backward: like x, or null
+  double eps, r_var;
+  int64_t lanes, batch, channels, plane;
+  bool is_bfloat16, channels_last;
+  Activation activation;
+};
+
+// Bytes of the mask: each image's elements start at a byte of their own.
+int64_t bn_match_mask_bytes(int64_t images, int64_t channels, int64_t plane, bool channels_last);
+
+void bn_match_forward(const BnMatchArguments& arguments, int threads);
+void bn_match_backward(const BnMatchArguments& arguments, int threads);
+
+// theta += rho * g / (||g||_2 + 1e-12) over lists of contiguous float32 tensors; the norm in double.
+void perturb(const std::vector<float*>& params, const std::vector<const float*>& grads,
+             const std::vector<int64_t>& sizes, double rho, int threads);
 
 }  // namespace infer_fast

@@ -13,12 +13,13 @@ import torch
 from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops.backend import choose
+from infer_fast.ops.backend import choose, native
 
+DTYPES = {"native": (torch.float32, torch.bfloat16)}
 ACTIVATIONS = {
     "none": lambda z: z,
     "relu": torch.relu,
-    "relu6": lambda z: z.clamp(0, 6),
+    "relu6": F.relu6,
     "silu": F.silu,
 }
 
@@ -55,6 +56,79 @@ def reference(
     return ACTIVATIONS[activation](z).to(x.dtype), penalty
 
 
+@torch.library.custom_op(
+    "infer_fast::bn_match",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    "float eps, str activation, int lanes, float r_var) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    device_types="cpu",
+)
+def _forward(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var):
+    """(y, penalty (lanes,), mean - running_mean (lanes, C), biased var (lanes, C), mask uint8): the native backend."""
+    outputs = _forward_outputs(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var)
+    y, penalty, mean, var, mask = outputs
+    pointers = (x, residual, weight, bias, running_mean, running_var, mean, var, mask, y, penalty, *[None] * 4)
+    native().bn_match_forward(*_native_arguments(pointers, x, eps, r_var, lanes, activation))
+    return outputs
+
+
+@_forward.register_fake
+def _forward_outputs(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var):
+    b, c, h, w = x.shape
+    masked = residual is not None and activation in ("relu", "relu6")
+    mask = _mask_bytes(b, c, h * w, _is_channels_last(x)) if masked else 0
+    statistics = [x.new_empty(s, dtype=torch.float32) for s in ((lanes,), (lanes, c), (lanes, c))]
+    return torch.empty_like(x), *statistics, x.new_empty(mask, dtype=torch.uint8)
+
+
+@torch.library.custom_op(
+    "infer_fast::bn_match_backward",
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor grad_penalty, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor mask, float eps, str activation, "
+    "int lanes, float r_var, bool has_residual) -> (Tensor, Tensor)",
+    device_types="cpu",
+)
+def _backward(
+    grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, mask, eps, activation, lanes,
+    r_var, has_residual,
+):  # fmt: skip
+    """The gradients of x and (empty without one) of the residual: the native backend."""
+    grad_y = grad_y.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if has_residual else x.new_empty(0)
+    pointers = (
+        x, residual, weight, bias, running_mean, running_var, mean, var, mask if mask.numel() else None, None, None,
+        grad_y, grad_penalty.contiguous(), grad_x, grad_residual if has_residual else None,
+    )  # fmt: skip
+    native().bn_match_backward(*_native_arguments(pointers, x, eps, r_var, lanes, activation))
+    return grad_x, grad_residual
+
+
+@_backward.register_fake
+def _(
+    grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, mask, eps, activation, lanes,
+    r_var, has_residual,
+):  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(x) if has_residual else x.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var = inputs
+    _, _, mean, var, mask = output
+    kept = residual if activation == "silu" else None  # relu's derivative is in the mask, none's is 1
+    ctx.save_for_backward(x, kept, weight, bias, running_mean, running_var, mean, var, mask)
+    ctx.rest = (eps, activation, lanes, r_var, residual is not None)
+    ctx.mark_non_differentiable(mean, var, mask)
+
+
+def _autograd(ctx, grad_y, grad_penalty, *_):
+    grad_x, grad_residual = _backward(grad_y, grad_penalty, *ctx.saved_tensors, *ctx.rest)
+    return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 8
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
 def bn_match(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -72,24 +146,66 @@ def bn_match(
     """Eval-mode BatchNorm (+ residual, + activation) and the penalty that matches x's statistics to the running ones.
 
     x: (lanes*B, C, H, W), the images of one lane side by side; weight, bias (or None), running_mean, running_var: (C,);
-    residual: like x, or None; activation: none, relu, relu6 or silu.
-    Returns y, with x's shape and dtype, and penalty, (lanes,) float32 (float64 for float64 input).
+    residual: like x, or None; activation: none, relu, relu6 or silu. Gradients flow to x and residual; only the
+    reference backend has those of weight and bias.
+    Returns y, with x's shape, dtype and layout, and penalty, (lanes,) float32 (float64 for float64 input).
     Raises InferFastError for shapes or an activation that don't fit, or a forced backend that can't serve.
     """
     _check(x, running_mean, running_var, residual, activation, lanes)
-    choose("bn_match", x, backend, {})
-    return reference(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        eps,
-        residual=residual,
-        activation=activation,
-        lanes=lanes,
-        r_var=r_var,
+    chosen = choose("bn_match", x, backend, DTYPES)
+    trained = any(t is not None and t.requires_grad for t in (weight, bias))
+    if chosen == "reference" or x.numel() == 0 or (trained and torch.is_grad_enabled()):
+        return reference(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            eps,
+            residual=residual,
+            activation=activation,
+            lanes=lanes,
+            r_var=r_var,
+        )
+    x = x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
+    if residual is not None:
+        residual = residual.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    vectors = (
+        None if v is None else v.detach().float().contiguous() for v in (weight, bias, running_mean, running_var)
     )
+    y, penalty, *_ = _forward(x, residual, *vectors, eps, activation, lanes, r_var)
+    return y, penalty
+
+
+def _native_arguments(pointers, x, eps, r_var, lanes, activation) -> tuple:
+    """What the native functions take: addresses (0 for None), then numbers."""
+    b, c, h, w = x.shape
+    return (
+        [0 if t is None else t.data_ptr() for t in pointers],
+        eps,
+        r_var,
+        lanes,
+        b // lanes,
+        c,
+        h * w,
+        x.dtype == torch.bfloat16,
+        _is_channels_last(x),
+        list(ACTIVATIONS).index(activation),
+        torch.get_num_threads(),
+    )
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+
+
+def _mask_bytes(images: int, channels: int, plane: int, channels_last: bool) -> int:
+    """One bit per element; each image (channels_last) or plane starts at a byte of its own."""
+    return images * -(-channels * plane // 8) if channels_last else images * channels * -(-plane // 8)
 
 
 def _check(x, running_mean, running_var, residual, activation: str, lanes: int) -> None:

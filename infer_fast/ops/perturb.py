@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops.backend import choose
+from infer_fast.ops.backend import choose, native
 
 TINY = 1e-12
+DTYPES = {"native": (torch.float32,)}
 
 
 def reference(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], rho: float) -> None:
@@ -22,6 +23,29 @@ def reference(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], rho
     factor = rho / (squares.sum().sqrt() + TINY)
     for param, grad in zip(params, grads, strict=True):
         param.add_((grad.to(wide) * factor).to(param.dtype))
+
+
+@torch.library.custom_op(
+    "infer_fast::perturb_",
+    mutates_args=("params",),
+    schema="(Tensor(a!)[] params, Tensor[] grads, float rho) -> ()",
+    device_types="cpu",
+)
+def _perturb(params, grads, rho):
+    """The native backend: float32, contiguous."""
+    grads = [g.float().contiguous() for g in grads]
+    native().perturb(
+        [p.data_ptr() for p in params],
+        [g.data_ptr() for g in grads],
+        [p.numel() for p in params],
+        rho,
+        torch.get_num_threads(),
+    )
+
+
+@_perturb.register_fake
+def _(params, grads, rho):
+    return None
 
 
 @torch.no_grad()
@@ -37,5 +61,11 @@ def perturb_(
         raise InferFastError(f"perturb_: {len(params)} parameters and {len(grads)} gradients don't pair up in shape.")
     if not params:
         return
-    choose("perturb_", params[0], backend, {})
-    reference(params, grads, rho)
+    if choose("perturb_", params[0], backend, DTYPES) == "native" and all(_fits_native(p) for p in params):
+        _perturb(list(params), list(grads), rho)
+    else:
+        reference(params, grads, rho)
+
+
+def _fits_native(param: torch.Tensor) -> bool:
+    return param.dtype == torch.float32 and param.is_contiguous()

@@ -1,4 +1,4 @@
-"""bn_match against BatchNorm, autograd and hand-made statistics."""
+"""bn_match: every backend against the float64 reference, and the reference against BatchNorm and autograd."""
 
 import pytest
 import torch
@@ -6,22 +6,63 @@ from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
 from infer_fast.ops import bn_match
+from infer_fast.ops.backend import native
+from infer_fast.ops.bn_match import _backward, _forward
 
-SHAPES = [(6, 5, 4, 3), (3, 1, 7, 7), (3, 4, 1, 1), (12, 2, 1, 9)]
+SHAPES = [
+    (6, 5, 4, 3),
+    (3, 1, 7, 7),
+    (3, 4, 1, 1),
+    (12, 2, 1, 9),
+    (3, 16, 13, 11),
+    (3, 67, 9, 5),
+    (6, 130, 3, 3),
+    (3, 3, 70, 65),
+    (3, 1, 1, 1),
+]
+ACTIVATIONS = ["none", "relu", "relu6", "silu"]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DEVICES = [
+    pytest.param(("native", "cpu"), marks=pytest.mark.skipif(native() is None, reason="no compiler"), id="native"),
+]
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-2)}
+
+
+def draw(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def arguments(shape, generator, dtype=torch.float64):
+    """x, weight, bias, running_mean, running_var; x already rounded to dtype, so that backends see the same values."""
     c = shape[1]
-    draw = lambda *s: torch.randn(*s, generator=generator, dtype=dtype)  # noqa: E731
-    return draw(*shape), draw(c), draw(c), draw(c), draw(c).abs() + 0.1
+    x = (3 * draw(generator, *shape) + 1).to(dtype)
+    vectors = [draw(generator, c), draw(generator, c), draw(generator, c), draw(generator, c).abs() + 0.1]
+    return x, *[v.float().to(torch.promote_types(dtype, torch.float32)) for v in vectors]
+
+
+def value_and_gradients(parts, residual, upstream, **options):
+    """y, penalty, grad_x, grad_residual of one backend; upstream: gradients of y and penalty."""
+    x = parts[0].clone(memory_format=torch.preserve_format).requires_grad_()
+    inputs = [x]
+    if residual is not None:
+        residual = residual.clone(memory_format=torch.preserve_format).requires_grad_()
+        inputs.append(residual)
+    y, penalty = bn_match(x, *parts[1:], 1e-5, residual=residual, **options)
+    loss = (y * upstream[0].to(y.dtype)).sum() + (penalty * upstream[1].to(penalty.dtype)).sum()
+    return y, penalty, *torch.autograd.grad(loss, inputs)
+
+
+def relative_error(ours, exact):
+    exact = exact.double()
+    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_output_is_batch_norm_then_residual_then_activation(generator, shape, activation, with_residual):
     x, weight, bias, mean, var = arguments(shape, generator)
-    residual = torch.randn(shape, generator=generator, dtype=x.dtype) if with_residual else None
+    residual = draw(generator, *shape) if with_residual else None
     y, _ = bn_match(x, weight, bias, mean, var, 1e-5, residual=residual, activation=activation)
     expected = F.batch_norm(x, mean, var, weight, bias, False, 0.0, 1e-5)
     expected = expected if residual is None else expected + residual
@@ -43,7 +84,7 @@ def test_penalty_is_the_two_norms_of_each_lane(generator, shape, lanes):
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_reference_passes_gradcheck(generator, activation):
     x, weight, bias, mean, var = arguments((6, 3, 4, 3), generator)
-    residual = torch.randn(x.shape, generator=generator, dtype=x.dtype, requires_grad=True)
+    residual = draw(generator, *x.shape).requires_grad_()
 
     def function(x, residual):
         return bn_match(
@@ -53,21 +94,134 @@ def test_reference_passes_gradcheck(generator, activation):
     assert torch.autograd.gradcheck(function, (x.requires_grad_(), residual))
 
 
-def test_huge_mean_does_not_cancel(generator):
-    """Mean 1e4, variance 1 in float32: the penalty stays that of float64."""
-    x = torch.randn(64, 3, 16, 16, generator=generator) + 1e4
-    mean, var = torch.full((3,), 1e4), torch.ones(3)
-    _, penalty = bn_match(x, None, None, mean, var, 1e-5)
-    _, exact = bn_match(x.double(), None, None, mean.double(), var.double(), 1e-5)
-    torch.testing.assert_close(penalty.double(), exact, rtol=1e-4, atol=0)
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_backends_equal_the_float64_reference(generator, where, shape, layout, dtype, lanes):
+    backend, device = where
+    parts = arguments(shape, generator, dtype)
+    exact_parts = [p.double() for p in parts]
+    parts = [p.to(device) for p in parts]
+    parts[0] = parts[0].contiguous(memory_format=LAYOUTS[layout])
+    upstream = draw(generator, *shape).to(dtype), draw(generator, lanes)
+    for activation in ACTIVATIONS:
+        for with_residual in (False, True):
+            residual = draw(generator, *shape).to(dtype) if with_residual else None
+            options = {"activation": activation, "lanes": lanes, "r_var": 11.0}
+            on_device = None if residual is None else residual.to(device).contiguous(memory_format=LAYOUTS[layout])
+            ours = value_and_gradients(parts, on_device, [u.to(device) for u in upstream], backend=backend, **options)
+            exact_residual = None if residual is None else residual.double()
+            exact = value_and_gradients(exact_parts, exact_residual, upstream, backend="reference", **options)
+            assert ours[0].dtype == dtype and ours[0].stride() == parts[0].stride()
+            forward, gradient = TOLERANCE[dtype]
+            for got, expected, tolerance in zip(ours, exact, (forward, 1e-5, gradient, gradient), strict=False):
+                assert relative_error(got.cpu(), expected) <= tolerance, (activation, with_residual)
 
 
-def test_nan_reaches_output_and_penalty_of_its_lane_alone(generator):
-    x, weight, bias, mean, var = arguments((4, 3, 2, 2), generator, torch.float32)
-    x[0, 1, 0, 0] = float("nan")
-    y, penalty = bn_match(x, weight, bias, mean, var, 1e-5, lanes=2)
-    assert y[0, 1, 0, 0].isnan() and y[1:].isfinite().all()
-    assert penalty[0].isnan() and penalty[1].isfinite()
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_huge_means_do_not_cancel_and_tiny_variances_count(generator, where, layout):
+    """Mean 1e4 with variance 1, and mean 1 with variance 1e-8, in float32: as in float64."""
+    backend, device = where
+    for level, spread in ((1e4, 1.0), (1.0, 1e-4)):
+        x = (level + spread * draw(generator, 32, 6, 16, 16)).float().contiguous(memory_format=LAYOUTS[layout])
+        mean, var = torch.full((6,), level), torch.full((6,), spread**2 * 1.5)
+        parts = [x, torch.ones(6), torch.zeros(6), mean, var]
+        upstream = torch.zeros_like(x), torch.ones(1)
+        _, penalty, gradient = value_and_gradients(
+            [p.to(device) for p in parts], None, [u.to(device) for u in upstream], backend=backend
+        )
+        _, exact, exact_gradient = value_and_gradients([p.double() for p in parts], None, upstream)
+        assert relative_error(penalty.cpu(), exact) < 1e-4
+        assert relative_error(gradient.cpu(), exact_gradient) < 1e-3
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_nan_and_inf_propagate_as_the_references_do(generator, where, layout, activation, with_residual):
+    backend, device = where
+    parts = list(arguments((4, 5, 3, 3), generator, torch.float32))
+    x = parts[0]
+    x[0, 0, 0, 0], x[0, 1, 1, 1], x[1, 2, 2, 2] = float("nan"), float("inf"), -float("inf")
+    x[1, 3, 0, 0] = 1e38
+    parts = [p.to(device) for p in (x.contiguous(memory_format=LAYOUTS[layout]), *parts[1:])]
+    residual = torch.zeros_like(parts[0]) if with_residual else None
+    upstream = torch.ones_like(parts[0]), torch.ones(2, device=device)
+    options = {"activation": activation, "lanes": 2}
+    ours = value_and_gradients(parts, residual, upstream, backend=backend, **options)
+    exact = value_and_gradients(parts, residual, upstream, backend="reference", **options)
+    assert ours[1][0].isnan() and ours[1][1].isfinite() and exact[1][0].isnan()
+    for position in (0, 3):  # y and the residual's gradient, element by element
+        if position < len(ours):
+            assert torch.equal(ours[position].isnan(), exact[position].isnan())
+            assert torch.equal(ours[position].isinf(), exact[position].isinf())
+    assert ours[2][2:].isfinite().all() and exact[2][2:].isfinite().all()  # lane 1 is not disturbed
+    assert ours[2][:2].isnan().any() and exact[2][:2].isnan().any()
+
+
+@pytest.mark.skipif(native() is None, reason="no compiler")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_number_of_threads_changes_no_bit(generator, layout):
+    parts = arguments((64, 24, 16, 16), generator, torch.float32)
+    parts = [parts[0].contiguous(memory_format=LAYOUTS[layout]), *parts[1:]]
+    upstream = draw(generator, *parts[0].shape).float(), torch.ones(1)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(value_and_gradients(parts, None, upstream, backend="native", activation="relu"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(native() is None, reason="no compiler")
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_registered_operators_pass_opcheck(generator, activation):
+    x, *vectors = arguments((4, 3, 5, 5), generator, torch.float32)
+    for residual in (None, torch.randn(x.shape, requires_grad=True)):
+        inputs = (x.clone().requires_grad_(), residual, *vectors, 1e-5, activation, 2, 3.0)
+        torch.library.opcheck(_forward, inputs)
+        y, penalty, mean, var, mask = _forward(*inputs)
+        kept = residual.detach() if residual is not None and activation == "silu" else None
+        torch.library.opcheck(
+            _backward,
+            (torch.ones_like(y.detach()), torch.ones_like(penalty.detach()), x, kept, *vectors, mean, var, mask, 1e-5,
+             activation, 2, 3.0, residual is not None),
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(native() is None, reason="no compiler")
+def test_only_x_and_one_bit_per_element_are_kept(generator):
+    x, *vectors = arguments((4, 8, 16, 16), generator, torch.float32)
+    for residual, mask in ((None, 0), (torch.randn(x.shape), x.numel() // 8)):
+        kept = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            bn_match(x.clone().requires_grad_(), *vectors, 1e-5, residual=residual, activation="relu", backend="native")
+        assert sum(kept.values()) <= x.nbytes + mask + 6 * 8 * 4 + 8
+
+
+def test_trained_weights_get_their_gradient(generator):
+    """Only the reference has it; the default backend steps aside."""
+    x, weight, bias, mean, var = arguments((4, 3, 5, 5), generator, torch.float32)
+    weight.requires_grad_()
+    y, _ = bn_match(x, weight, bias, mean, var, 1e-5)
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    expected = ((x - mean.view(3, 1, 1)) * torch.rsqrt(var + 1e-5).view(3, 1, 1)).sum((0, 2, 3))
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_empty_batch_gives_an_empty_output(generator):
+    _, *vectors = arguments((4, 3, 5, 5), generator, torch.float32)
+    y, penalty = bn_match(torch.empty(0, 3, 5, 5), *vectors, 1e-5)
+    assert y.shape == (0, 3, 5, 5) and penalty.shape == (1,)
 
 
 def test_arguments_that_do_not_fit_are_named(generator):

@@ -1,0 +1,187 @@
+// The inner loops of bn_match. bn_match.cpp includes this file once per instruction set, each time inside a namespace
+// of its own and under that set's #pragma GCC target; it must define nothing outside, and use no lambda and no
+// standard template, lest code for a newer processor be shared with an older one.
+//
+// A segment is a run of elements that lie side by side. In a contiguous tensor it is one plane, with one value of each
+// parameter; in a channels_last tensor it is some rows, with parameters that repeat every `period` elements.
+
+constexpr int64_t kChunk = 64;  // elements whose act' bits are packed together
+
+inline float load(const float* p) { return *p; }
+
+inline float load(const bfloat16* p) {
+  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void store(float value, float* p) { *p = value; }
+
+// To nearest, ties to even; NaN stays NaN.
+inline void store(float value, bfloat16* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x40u;
+  p->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
+// exp(x) within 2 units in the last place (infinite above 88.4), by 2^n * exp(r) with |r| <= ln(2)/2 and a degree-6 polynomial for exp(r)
+// (the method and the constants of S. Moshier's Cephes library).
+inline float exponential(float x) {
+  const float limited = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);  // NaN passes unchanged
+  const float magic = 12582912.0f;                                       // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = limited * 1.44269504088896341f + magic;
+  const float n = shifted - magic;
+  const float r = (limited - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  int32_t whole;
+  std::memcpy(&whole, &shifted, sizeof whole);
+  const int32_t exponent = (whole + (127 - 0x4b400000)) << 23;
+  float power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return x > 88.37f ? __builtin_inff() : p * power;
+}
+
+template <Activation kind>
+inline float activate(float z) {
+  if (kind == Activation::relu) return z < 0.0f ? 0.0f : z;  // NaN stays
+  if (kind == Activation::relu6) return z < 0.0f ? 0.0f : (z > 6.0f ? 6.0f : z);
+  if (kind == Activation::silu) return z / (1.0f + exponential(-z));
+  return z;
+}
+
+// act'(z), at the corners and for NaN as PyTorch has it: 0 where z is exactly 0 or 6, 1 for NaN.
+template <Activation kind>
+inline float derivative(float z) {
+  if (kind == Activation::relu) return z <= 0.0f ? 0.0f : 1.0f;
+  if (kind == Activation::relu6) return z <= 0.0f || z >= 6.0f ? 0.0f : 1.0f;
+  if (kind == Activation::silu) {
+    const float s = 1.0f / (1.0f + exponential(-z));
+    return s * (1.0f + z * (1.0f - s));
+  }
+  return 1.0f;
+}
+
+// 8 flags of 0 or 1 to a byte and back; `flags` has room for count rounded up to 8.
+inline void pack_bits(const uint8_t* flags, uint8_t* mask, int64_t count) {
+  for (int64_t i = 0; i < count; i += 8) {
+    uint64_t bytes;
+    std::memcpy(&bytes, flags + i, sizeof bytes);
+    mask[i / 8] = static_cast<uint8_t>((bytes * 0x0102040810204080ull) >> 56);
+  }
+}
+
+inline void unpack_bits(const uint8_t* mask, uint8_t* flags, int64_t count) {
+  for (int64_t i = 0; i < count; i += 8) {
+    const uint64_t spread = (mask[i / 8] * 0x0101010101010101ull) & 0x8040201008040201ull;
+    const uint64_t bytes = ((spread + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
+    std::memcpy(flags + i, &bytes, sizeof bytes);
+  }
+}
+
+// One plane forward: y, and the sums of d = x - mean and d*d. With a residual, mask gets the bits of act'.
+template <typename Scalar, Activation kind, bool with_residual>
+inline void forward_plane(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* mask, int64_t count, float mean,
+                          float scale, float bias, float* sum, float* square) {
+  constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
+  float s = 0.0f, q = 0.0f;
+  for (int64_t begin = 0; begin < count; begin += packs ? kChunk : count) {
+    const int64_t end = packs && begin + kChunk < count ? begin + kChunk : count;
+    uint8_t flags[kChunk] = {};
+#pragma omp simd reduction(+ : s, q)
+    for (int64_t i = begin; i < end; ++i) {
+      const float d = load(x + i) - mean;
+      s += d;
+      q += d * d;
+      float z = d * scale + bias;
+      if (with_residual) z += load(residual + i);
+      if (packs) flags[i - begin] = derivative<kind>(z) != 0.0f;
+      store(activate<kind>(z), y + i);
+    }
+    if (packs && mask)
+      pack_bits(flags, mask + begin / 8, end - begin);
+  }
+  *sum = s;
+  *square = q;
+}
+
+// One plane backward: grad_x = act'(z) * grad_y * scale + a + b * d, and with a residual its gradient act'(z) * grad_y.
+template <typename Scalar, Activation kind, bool with_residual>
+inline void backward_plane(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* mask,
+                           Scalar* grad_x, Scalar* grad_residual, int64_t count, float mean, float scale, float bias,
+                           float a, float b) {
+  constexpr bool packed = with_residual && (kind == Activation::relu || kind == Activation::relu6);
+  for (int64_t begin = 0; begin < count; begin += packed ? kChunk : count) {
+    const int64_t end = packed && begin + kChunk < count ? begin + kChunk : count;
+    uint8_t flags[kChunk] = {};
+    if (packed)
+      unpack_bits(mask + begin / 8, flags, end - begin);
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+      const float d = load(x + i) - mean;
+      float g = load(grad_y + i);
+      if (packed) {
+        g = flags[i - begin] ? g : 0.0f;
+      } else if (kind != Activation::none) {
+        float z = d * scale + bias;
+        if (with_residual) z += load(residual + i);
+        g *= derivative<kind>(z);
+      }
+      if (with_residual) store(g, grad_residual + i);
+      store(g * scale + (a + b * d), grad_x + i);
+    }
+  }
+}
+
+// Rows of a channels_last tensor forward; parameters and sums have `period` entries, count is a multiple of channels.
+template <typename Scalar, Activation kind, bool with_residual>
+inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* flags, int64_t count,
+                         int64_t period, const float* mean, const float* scale, const float* bias, float* sum,
+                         float* square) {
+  constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
+  for (int64_t begin = 0; begin < count; begin += period) {
+    const int64_t width = begin + period < count ? period : count - begin;
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) {
+      const float d = load(x + begin + c) - mean[c];
+      sum[c] += d;
+      square[c] += d * d;
+      float z = d * scale[c] + bias[c];
+      if (with_residual) z += load(residual + begin + c);
+      if (packs) flags[begin + c] = derivative<kind>(z) != 0.0f;
+      store(activate<kind>(z), y + begin + c);
+    }
+  }
+}
+
+template <typename Scalar, Activation kind, bool with_residual>
+inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* flags,
+                          Scalar* grad_x, Scalar* grad_residual, int64_t count, int64_t period, const float* mean,
+                          const float* scale, const float* bias, const float* a, const float* b) {
+  constexpr bool packed = with_residual && (kind == Activation::relu || kind == Activation::relu6);
+  for (int64_t begin = 0; begin < count; begin += period) {
+    const int64_t width = begin + period < count ? period : count - begin;
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) {
+      const float d = load(x + begin + c) - mean[c];
+      float g = load(grad_y + begin + c);
+      if (packed) {
+        g = flags[begin + c] ? g : 0.0f;
+      } else if (kind != Activation::none) {
+        float z = d * scale[c] + bias[c];
+        if (with_residual) z += load(residual + begin + c);
+        g *= derivative<kind>(z);
+      }
+      if (with_residual) store(g, grad_residual + begin + c);
+      store(g * scale[c] + (a[c] + b[c] * d), grad_x + begin + c);
+    }
+  }
+}
