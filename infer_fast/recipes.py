@@ -134,9 +134,11 @@ DIGITS = Recipe(
     arch_name=CONVNET_TEACHERS,
     ipc=10,
     squeeze=SqueezeSettings(epochs=20, batch_size=64, lr=0.05, padding=1, flip=False),
-    synthesis=SynthesisSettings(iterations=150, lr=0.05, jitter=1),
+    synthesis=SynthesisSettings(iterations=150, lr=0.02, jitter=1),
     compare="all",
-    student=StudentSettings(networks=("convnet",), epochs=60, temperature=4.0, padding=1, flip=False),
+    student=StudentSettings(
+        networks=("convnet",), epochs=130, lr=3e-3, temperature=4.0, mix_type="none", padding=1, flip=False
+    ),
 )
 
 FASHION_MNIST = Recipe(

@@ -1,14 +1,28 @@
-"""BatchNorm surgery: a copy of a frozen teacher whose BatchNorm layers also return the statistics penalty."""
+"""BatchNorm surgery: a copy of a frozen teacher made for matching.
+
+Every BatchNorm2d, the residual add after it and the activation after that become one bn_match, which also gives the
+statistics penalty; every convolution keeps nothing but its weight for backward. What follows a BatchNorm is found in
+the torch.fx graph; a network that can't be traced is walked module by module, and its activations stay where they are.
+"""
 
 from __future__ import annotations
 
 import copy
+import operator
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
 from infer_fast.ops import bn_match
+from infer_fast.ops.bn_match import ACTIVATIONS
+from infer_fast.ops.frozen_conv import frozen_conv2d
+
+MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.silu: "silu"}
+METHODS = {"relu": "relu", "relu_": "relu"}
+ADDS = {operator.add, operator.iadd, torch.add}
 
 
 class PenaltySum:
@@ -27,19 +41,30 @@ class PenaltySum:
 
 
 class MatchedBatchNorm(nn.Module):
-    """Takes the place of one eval-mode BatchNorm2d and reports its penalty, times `match_weight`, to `penalties`."""
+    """Takes the place of one eval-mode BatchNorm2d, of a residual add and an activation after it if there are such.
+
+    Reports its penalty, times `match_weight`, to `penalties`.
+    """
 
     def __init__(
-        self, norm: nn.BatchNorm2d, penalties: PenaltySum, match_weight: float, r_var: float, backend: str | None
+        self,
+        norm: nn.BatchNorm2d,
+        penalties: PenaltySum,
+        *,
+        match_weight: float,
+        r_var: float,
+        activation: str = "none",
+        backend: str | None = None,
     ):
         super().__init__()
         self.weight, self.bias = norm.weight, norm.bias
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
-        self.eps, self.penalties = norm.eps, penalties
+        self.eps, self.penalties, self.activation = norm.eps, penalties, activation
         self.match_weight, self.r_var, self.backend = match_weight, r_var, backend
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        fits = residual is None or residual.shape == x.shape
         y, penalty = bn_match(
             x,
             self.weight,
@@ -47,20 +72,48 @@ class MatchedBatchNorm(nn.Module):
             self.running_mean,
             self.running_var,
             self.eps,
+            residual=residual if fits else None,
+            activation=self.activation if fits else "none",
             lanes=self.penalties.lanes,
             r_var=self.r_var,
             backend=self.backend,
         )
         if self.match_weight:
             self.penalties.add(penalty, self.match_weight)
-        return y
+        return y if fits else ACTIVATIONS[self.activation](y + residual)  # an add that broadcasts stays an add
+
+
+class FrozenConv2d(nn.Module):
+    """Takes the place of a Conv2d whose weight is constant; under autocast the weight is cast once and kept."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.register_buffer("weight", conv.weight.detach())
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
+        self.rest = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.cast: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        weight, bias = self._weights(dtype)
+        with torch.autocast(kind, enabled=False):
+            return frozen_conv2d(x.to(dtype), weight, bias, *self.rest)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if dtype == self.weight.dtype:
+            return self.weight, self.bias
+        if dtype not in self.cast:
+            self.cast[dtype] = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        return self.cast[dtype]
 
 
 class MatchedTeacher(nn.Module):
     """A frozen, eval-mode copy of `teacher` that gives its logits and sum_l w_l * penalty_l (the loss of INFER, eq. 5).
 
     w_l is first_bn_multiplier for the first BatchNorm2d in module order, 0 for the positions in skip_bn, else 1.
-    The caller's teacher is not touched. Raises InferFastError if it has no BatchNorm2d with running statistics.
+    The copy's weights are channels_last. The caller's teacher is not touched.
+    Raises InferFastError if it has no BatchNorm2d with running statistics.
     """
 
     def __init__(
@@ -74,44 +127,165 @@ class MatchedTeacher(nn.Module):
     ):
         super().__init__()
         self.penalties = PenaltySum()
-        self.network = copy.deepcopy(teacher).eval().requires_grad_(False)
-        norms = [(name, m) for name, m in self.network.named_modules() if isinstance(m, nn.BatchNorm2d)]
-        self._check(teacher, norms, skip_bn)
-        for position, (name, norm) in enumerate(norms):
-            weight = 0.0 if position in skip_bn else (first_bn_multiplier if position == 0 else 1.0)
-            matched: nn.Module = MatchedBatchNorm(norm, self.penalties, weight, r_var, backend)
-            if hasattr(norm, "act"):  # timm's BatchNormAct2d: BatchNorm, then drop, then activation
-                matched = nn.Sequential(matched, getattr(norm, "drop", nn.Identity()), norm.act)
-            self._replace(name, matched)
+        network = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        norms = {m: i for i, m in enumerate(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))}
+        _check(teacher, list(norms), skip_bn)
+        weights = [0.0 if i in skip_bn else first_bn_multiplier if i == 0 else 1.0 for i in norms.values()]
+
+        def matched(norm: nn.BatchNorm2d, activation: str) -> MatchedBatchNorm:
+            return MatchedBatchNorm(
+                norm,
+                self.penalties,
+                match_weight=weights[norms[norm]],
+                r_var=r_var,
+                activation=activation,
+                backend=backend,
+            )
+
+        self.network = freeze_convolutions(fuse(network, matched))
 
     def forward(self, x: torch.Tensor, lanes: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """x: (lanes*B, 3, H, W), normalised -> logits (lanes*B, C) and the weighted penalty, (lanes,)."""
         self.penalties.start(lanes)
-        logits = self.network(x)
+        logits = self.network(x.contiguous(memory_format=torch.channels_last))
         total = self.penalties.total
         return logits, torch.zeros(lanes, device=x.device) if total is None else total
 
-    def _replace(self, name: str, module: nn.Module) -> None:
-        parent_name, _, child = name.rpartition(".")
-        if not name:
-            self.network = module
-        else:
-            setattr(self.network.get_submodule(parent_name), child, module)
 
-    @staticmethod
-    def _check(teacher: nn.Module, norms: list, skip_bn: tuple[int, ...]) -> None:
-        kind = type(teacher).__name__
-        if not norms:
-            raise InferFastError(
-                f"{kind} has no BatchNorm2d, whose statistics are what images are matched to: choose another teacher."
-            )
-        for name, norm in norms:
-            if norm.running_mean is None or norm.running_var is None:
-                raise InferFastError(
-                    f"{kind}: BatchNorm2d {name!r} keeps no running statistics, so there is none to match."
-                )
-        beyond = [p for p in skip_bn if not 0 <= p < len(norms)]
-        if beyond:
-            raise InferFastError(
-                f"skip_bn names BatchNorm layer {beyond[0]}, but {kind} has {len(norms)} (0 is the first)."
-            )
+def fuse(network: nn.Module, matched) -> nn.Module:
+    """Puts matched(norm, activation) in the place of every BatchNorm2d and what can be fused with it."""
+    if isinstance(network, nn.BatchNorm2d):
+        return _without_graph(network, matched)
+    try:
+        graph = _Tracer().trace(network)
+    except Exception:  # control flow that depends on data: fx raises whatever the network's code raised
+        return _walk(network, matched)
+    traced = fx.GraphModule(network, graph)
+    for node in [n for n in graph.nodes if n.op == "call_module"]:
+        norm = traced.get_submodule(node.target)
+        if isinstance(norm, nn.BatchNorm2d):
+            _fuse_node(traced, node, norm, matched)
+    graph.eliminate_dead_code()
+    graph.lint()
+    traced.recompile()
+    return traced
+
+
+class _Tracer(fx.Tracer):
+    """Enters every module but torch's own and BatchNorm2d's subclasses (timm's carry an activation)."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.BatchNorm2d) or super().is_leaf_module(module, name)
+
+
+def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, matched) -> None:
+    """Replaces a BatchNorm call, and the add and activation after it, by one call at the place of the last of them."""
+    last, residual, activation = node, None, None
+    if hasattr(norm, "act"):
+        activation = _own_activation(norm)
+    else:
+        add = _only_user(node)
+        other = _other_summand(add, node)
+        if other is not None:
+            last, residual = add, other
+        follower = _only_user(last)
+        kind = _activation(traced, follower)
+        if kind is not None:
+            last, activation = follower, kind
+    module = matched(norm, activation or "none")
+    if hasattr(norm, "act") and activation is None:
+        module = nn.Sequential(module, getattr(norm, "drop", nn.Identity()), norm.act)
+    name = f"matched_{node.name}"
+    traced.add_submodule(name, module)
+    with traced.graph.inserting_after(last):
+        call = traced.graph.call_module(name, (node.args[0],) if residual is None else (node.args[0], residual))
+    last.replace_all_uses_with(call)
+    for used in dict.fromkeys((last, *_between(last, node))):
+        traced.graph.erase_node(used)
+
+
+def _between(last: fx.Node, node: fx.Node) -> list[fx.Node]:
+    """The fused nodes before `last`, latest first, down to and with the BatchNorm `node`."""
+    chain = []
+    while last is not node:
+        last = next(a for a in last.all_input_nodes if a is node or node in a.all_input_nodes)
+        chain.append(last)
+    return chain
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _other_summand(add: fx.Node | None, node: fx.Node) -> fx.Node | None:
+    """What `add` adds to `node`, if it is a plain sum of two tensors that overwrites nothing anyone else reads."""
+    if add is None or add.kwargs or len(add.args) != 2 or not all(isinstance(a, fx.Node) for a in add.args):
+        return None
+    plain = (add.op == "call_function" and add.target in ADDS) or (
+        add.op == "call_method" and add.target in ("add", "add_")
+    )
+    if not plain or add.args[0] is add.args[1]:
+        return None
+    in_place = add.target in (operator.iadd, "add_")
+    other = add.args[1] if add.args[0] is node else add.args[0]
+    if in_place and add.args[0] is other and len(other.users) > 1:
+        return None
+    return other
+
+
+def _activation(traced: fx.GraphModule, node: fx.Node | None) -> str | None:
+    """The name of the activation that `node` is, or None."""
+    if node is None:
+        return None
+    if node.op == "call_module":
+        return MODULES.get(type(traced.get_submodule(node.target)))
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)
+    return METHODS.get(node.target) if node.op == "call_method" else None
+
+
+def _own_activation(norm: nn.BatchNorm2d) -> str | None:
+    """The activation that timm's BatchNormAct2d carries, if it can be fused ("none" for an identity)."""
+    if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
+        return None
+    return "none" if isinstance(norm.act, nn.Identity) else MODULES.get(type(norm.act))
+
+
+def _walk(network: nn.Module, matched) -> nn.Module:
+    """Without a graph: every BatchNorm2d is replaced where it stands."""
+    for name, child in network.named_children():
+        setattr(network, name, _walk(child, matched))
+    return _without_graph(network, matched) if isinstance(network, nn.BatchNorm2d) else network
+
+
+def _without_graph(norm: nn.BatchNorm2d, matched) -> nn.Module:
+    if not hasattr(norm, "act"):
+        return matched(norm, "none")
+    activation = _own_activation(norm)
+    if activation is not None:
+        return matched(norm, activation)
+    return nn.Sequential(matched(norm, "none"), getattr(norm, "drop", nn.Identity()), norm.act)
+
+
+def freeze_convolutions(network: nn.Module) -> nn.Module:
+    """Every plain Conv2d becomes a FrozenConv2d (string or non-zero padding modes stay as they are)."""
+    for name, child in network.named_children():
+        setattr(network, name, freeze_convolutions(child))
+    plain = type(network) is nn.Conv2d and network.padding_mode == "zeros" and not isinstance(network.padding, str)
+    return FrozenConv2d(network) if plain else network
+
+
+def _check(teacher: nn.Module, norms: list[nn.BatchNorm2d], skip_bn: tuple[int, ...]) -> None:
+    kind = type(teacher).__name__
+    if not norms:
+        raise InferFastError(
+            f"{kind} has no BatchNorm2d, whose statistics are what images are matched to: choose another teacher."
+        )
+    for position, norm in enumerate(norms):
+        if norm.running_mean is None or norm.running_var is None:
+            raise InferFastError(f"{kind}: BatchNorm2d layer {position} keeps no running statistics to match.")
+    beyond = [p for p in skip_bn if not 0 <= p < len(norms)]
+    if beyond:
+        raise InferFastError(
+            f"skip_bn names BatchNorm layer {beyond[0]}, but {kind} has {len(norms)} (0 is the first)."
+        )

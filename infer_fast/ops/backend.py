@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -18,13 +17,14 @@ from infer_fast.errors import InferFastError
 BACKENDS = ("reference", "native", "triton")
 
 
-@cache
+try:
+    from infer_fast import _native
+except ImportError:  # no compiler when it was installed: the reference serves
+    _native = None
+
+
 def native() -> ModuleType | None:
     """The compiled CPU backend, or None where it was not built."""
-    try:
-        from infer_fast import _native
-    except ImportError:
-        return None
     return _native
 
 

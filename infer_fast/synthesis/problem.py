@@ -67,8 +67,9 @@ class Problem:
 
 
 def lane_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, lanes: int) -> torch.Tensor:
-    """Mean cross-entropy of each lane, float32 (lanes,); logits (lanes*C, classes), targets (C,)."""
-    each = F.cross_entropy(logits.float(), targets.repeat(lanes), reduction="none")
+    """Mean cross-entropy of each lane, at least float32, (lanes,); logits (lanes*C, classes), targets (C,)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    each = F.cross_entropy(logits.to(wide), targets.repeat(lanes), reduction="none")
     return each.view(lanes, -1).mean(dim=1)
 
 

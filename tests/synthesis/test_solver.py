@@ -19,7 +19,8 @@ SETTINGS = SynthesisSettings(
 CLASSES, SIZE = 4, 8
 
 
-def teacher_and_base(generator, name="convnet", lanes=3, size=SIZE):
+# SiLU throughout: with ReLU, an input within rounding of 0 changes whole elements of the gradient in any float32 code.
+def teacher_and_base(generator, name="convnet-silu", lanes=3, size=SIZE):
     network = build(name, CLASSES, (size, size), seed=1).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -48,9 +49,11 @@ def independent_loss(network, x, u, shift, settings):
     return F.cross_entropy(logits, torch.arange(len(x))) + settings.r_bn * sum(terms)
 
 
-def test_loss_and_gradient_equal_an_independent_rendering_for_resnet18(generator):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-3)])
+def test_loss_and_gradient_equal_an_independent_rendering_for_resnet18(generator, dtype, tolerance):
     network, base = teacher_and_base(generator, "resnet18", lanes=2, size=16)
-    u = 0.1 * torch.randn(2, 1, 3, 16, 16, generator=generator)
+    network, base = network.to(dtype), base.to(dtype)
+    u = 0.1 * torch.randn(2, 1, 3, 16, 16, generator=generator, dtype=dtype)
     shift = torch.randint(0, 5, (2, 2), generator=generator)
     u.requires_grad_(True)
     problem = Problem(MatchedTeacher(network, r_var=SETTINGS.r_var), base, torch.arange(CLASSES), SETTINGS)
@@ -64,7 +67,7 @@ def test_loss_and_gradient_equal_an_independent_rendering_for_resnet18(generator
         (expected_gradient,) = torch.autograd.grad(expected, own)
         assert loss[lane].item() == pytest.approx(expected.item(), rel=1e-5)
         error = (gradient[lane].double() - expected_gradient).norm() / expected_gradient.norm()
-        assert error < 1e-4
+        assert error < tolerance
 
 
 def test_solve_equals_a_plain_loop_with_torch_adam(generator):
@@ -154,7 +157,7 @@ def test_weight_adjustment_equals_a_plain_float64_loop(generator):
     settings = replace(SETTINGS, steps=12, rho=15e-3)
     views = draw_views(0, 0, [0], iterations=20, jitter=2)
     adjusted = adjusted_teacher(network.double(), base.double(), torch.arange(CLASSES), settings, views)
-    plain = build("convnet", CLASSES, (SIZE, SIZE), seed=1).eval().double()
+    plain = build("convnet-silu", CLASSES, (SIZE, SIZE), seed=1).eval().double()
     plain.load_state_dict(network.state_dict())
     for step in range(12):
         plain.zero_grad()
