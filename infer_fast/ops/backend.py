@@ -6,6 +6,7 @@ INFER_FAST_BACKEND forces one, and then it serves or fails loudly.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from types import ModuleType
@@ -21,6 +22,14 @@ try:
     from infer_fast import _native
 except ImportError:  # no compiler when it was installed: the reference serves
     _native = None
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on: its kernels then run in Python on CPU tensors, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def native() -> ModuleType | None:
@@ -52,11 +61,13 @@ def why_not(op: str, tensor: torch.Tensor, backend: str, dtypes: Mapping[str, tu
         return None
     if backend not in dtypes:
         return f"{op} has no {backend} version"
-    device = {"native": "cpu", "triton": "cuda"}[backend]
+    device = "cpu" if backend == "native" or interpreted() else "cuda"
     if tensor.device.type != device:
         return f"it runs on {device} tensors, this one is on {tensor.device.type}"
     if tensor.dtype not in dtypes[backend]:
         return f"it does not take {tensor.dtype}"
     if backend == "native" and native() is None:
         return "the extension infer_fast._native was not built (reinstall where a C++17 compiler is found)"
+    if backend == "triton" and not HAS_TRITON:
+        return "Triton is not installed"
     return None

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 from infer_fast.errors import InferFastError
 from infer_fast.ops.backend import choose, native
 
-DTYPES = {"native": (torch.float32, torch.bfloat16)}
+DTYPES = {
+    "native": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 ACTIVATIONS = {
     "none": lambda z: z,
     "relu": torch.relu,
@@ -60,12 +63,17 @@ def reference(
     "infer_fast::bn_match",
     mutates_args=(),
     schema="(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-    "float eps, str activation, int lanes, float r_var) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    device_types="cpu",
+    "float eps, str activation, int lanes, float r_var, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var):
-    """(y, penalty (lanes,), mean - running_mean (lanes, C), biased var (lanes, C), mask uint8): the native backend."""
-    outputs = _forward_outputs(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var)
+def _forward(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend):
+    """(y, penalty (lanes,), mean - running_mean (lanes, C), biased var (lanes, C), mask uint8): native or triton."""
+    parameters = (weight, bias, running_mean, running_var, eps)
+    outputs = _forward_outputs(x, residual, *parameters, activation, lanes, r_var, backend)
+    if backend == "triton":
+        from infer_fast.kernels import bn_match as kernels
+
+        kernels.forward(x, residual, *parameters, list(ACTIVATIONS).index(activation), lanes, r_var, outputs)
+        return outputs
     y, penalty, mean, var, mask = outputs
     pointers = (x, residual, weight, bias, running_mean, running_var, mean, var, mask, y, penalty, *[None] * 4)
     native().bn_match_forward(*_native_arguments(pointers, x, eps, r_var, lanes, activation))
@@ -73,10 +81,9 @@ def _forward(x, residual, weight, bias, running_mean, running_var, eps, activati
 
 
 @_forward.register_fake
-def _forward_outputs(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var):
-    b, c, h, w = x.shape
-    masked = residual is not None and activation in ("relu", "relu6")
-    mask = _mask_bytes(b, c, h * w, _is_channels_last(x)) if masked else 0
+def _forward_outputs(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend):
+    c = x.shape[1]
+    mask = _mask_bytes(x, backend) if residual is not None and activation in ("relu", "relu6") else 0
     statistics = [x.new_empty(s, dtype=torch.float32) for s in ((lanes,), (lanes, c), (lanes, c))]
     return torch.empty_like(x), *statistics, x.new_empty(mask, dtype=torch.uint8)
 
@@ -86,20 +93,24 @@ def _forward_outputs(x, residual, weight, bias, running_mean, running_var, eps, 
     mutates_args=(),
     schema="(Tensor grad_y, Tensor grad_penalty, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor mask, float eps, str activation, "
-    "int lanes, float r_var, bool has_residual) -> (Tensor, Tensor)",
-    device_types="cpu",
+    "int lanes, float r_var, str backend, bool has_residual) -> (Tensor, Tensor)",
 )
 def _backward(
     grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, mask, eps, activation, lanes,
-    r_var, has_residual,
+    r_var, backend, has_residual,
 ):  # fmt: skip
-    """The gradients of x and (empty without one) of the residual: the native backend."""
-    grad_y = grad_y.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    """The gradients of x and (empty without one) of the residual: native or triton."""
+    grad_y, grad_penalty = grad_y.to(x.dtype).contiguous(memory_format=_memory_format(x)), grad_penalty.contiguous()
     grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if has_residual else x.new_empty(0)
-    pointers = (
-        x, residual, weight, bias, running_mean, running_var, mean, var, mask if mask.numel() else None, None, None,
-        grad_y, grad_penalty.contiguous(), grad_x, grad_residual if has_residual else None,
-    )  # fmt: skip
+    outputs = grad_x, grad_residual if has_residual else None
+    parameters = (x, residual, weight, bias, running_mean, running_var, mean, var)
+    if backend == "triton":
+        from infer_fast.kernels import bn_match as kernels
+
+        kind = list(ACTIVATIONS).index(activation)
+        kernels.backward(grad_y, grad_penalty, *parameters, mask, eps, kind, lanes, r_var, outputs)
+        return grad_x, grad_residual
+    pointers = (*parameters, mask if mask.numel() else None, None, None, grad_y, grad_penalty, *outputs)
     native().bn_match_backward(*_native_arguments(pointers, x, eps, r_var, lanes, activation))
     return grad_x, grad_residual
 
@@ -107,23 +118,23 @@ def _backward(
 @_backward.register_fake
 def _(
     grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, mask, eps, activation, lanes,
-    r_var, has_residual,
+    r_var, backend, has_residual,
 ):  # fmt: skip
     return torch.empty_like(x), torch.empty_like(x) if has_residual else x.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var = inputs
+    x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend = inputs
     _, _, mean, var, mask = output
     kept = residual if activation == "silu" else None  # relu's derivative is in the mask, none's is 1
     ctx.save_for_backward(x, kept, weight, bias, running_mean, running_var, mean, var, mask)
-    ctx.rest = (eps, activation, lanes, r_var, residual is not None)
+    ctx.rest = (eps, activation, lanes, r_var, backend, residual is not None)
     ctx.mark_non_differentiable(mean, var, mask)
 
 
 def _autograd(ctx, grad_y, grad_penalty, *_):
     grad_x, grad_residual = _backward(grad_y, grad_penalty, *ctx.saved_tensors, *ctx.rest)
-    return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 8
+    return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 9
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -173,7 +184,7 @@ def bn_match(
     vectors = (
         None if v is None else v.detach().float().contiguous() for v in (weight, bias, running_mean, running_var)
     )
-    y, penalty, *_ = _forward(x, residual, *vectors, eps, activation, lanes, r_var)
+    y, penalty, *_ = _forward(x, residual, *vectors, eps, activation, lanes, r_var, chosen)
     return y, penalty
 
 
@@ -203,9 +214,12 @@ def _memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
-def _mask_bytes(images: int, channels: int, plane: int, channels_last: bool) -> int:
-    """One bit per element; each image (channels_last) or plane starts at a byte of its own."""
-    return images * -(-channels * plane // 8) if channels_last else images * channels * -(-plane // 8)
+def _mask_bytes(x: torch.Tensor, backend: str) -> int:
+    """One bit per element; each plane, or channels_last image (native) or pixel (triton), starts at a new byte."""
+    b, c, h, w = x.shape
+    if not _is_channels_last(x):
+        return b * c * -(-h * w // 8)
+    return b * h * w * -(-c // 8) if backend == "triton" else b * -(-c * h * w // 8)
 
 
 def _check(x, running_mean, running_var, residual, activation: str, lanes: int) -> None:

@@ -15,7 +15,10 @@ import torch
 from infer_fast.errors import InferFastError
 from infer_fast.ops.backend import choose, native
 
-DTYPES = {"native": (torch.float32, torch.bfloat16)}
+DTYPES = {
+    "native": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 class Quantised(NamedTuple):
@@ -108,8 +111,24 @@ def compose(
     probe = torch.empty(0, dtype=dtype, device=base.device)
     chosen = choose("compose", probe, backend, DTYPES)
     _check(base, base_index, compensators, compensator_index, shift, flip, lam, partner)
-    if chosen == "native":
-        return _native(base, base_index, compensators, compensator_index, shift, flip, lam, partner, mean, std, dtype)
+    if chosen != "reference":
+        values, scale, offset = compensators if compensator_index is not None else (None, None, None)
+        return _compose(
+            base,
+            base_index,
+            values,
+            scale,
+            offset,
+            None if compensators is None else compensator_index,
+            shift,
+            flip,
+            lam,
+            partner,
+            mean,
+            std,
+            dtype,
+            chosen,
+        )
     return reference(
         base,
         base_index,
@@ -125,24 +144,39 @@ def compose(
     )
 
 
-def _native(base, base_index, compensators, compensator_index, shift, flip, lam, partner, mean, std, dtype):
-    """Lays the arguments out as csrc/compose.cpp reads them; every tensor lives until the call returns."""
-    if compensator_index is None:
-        compensators = None
-    values, scale, offset = compensators or (None, None, None)
-    out = torch.empty((len(base_index), *base.shape[1:]), dtype=dtype)
+@torch.library.custom_op(
+    "infer_fast::compose",
+    mutates_args=(),
+    schema="(Tensor base, Tensor base_index, Tensor? values, Tensor? scale, Tensor? offset, Tensor? compensator_index, "
+    "Tensor? shift, Tensor? flip, Tensor? lam, Tensor? partner, float[] mean, float[] std, ScalarType dtype, "
+    "str backend) -> Tensor",
+)
+def _compose(
+    base, base_index, values, scale, offset, compensator_index, shift, flip, lam, partner, mean, std, dtype, backend
+):
+    """The native and triton backends."""
+    out = torch.empty((len(base_index), *base.shape[1:]), dtype=dtype, device=base.device)
     held = [
-        base.contiguous(),
-        base_index.contiguous(),
-        None if values is None else values.contiguous(),
-        None if values is None else scale.float().contiguous(),
-        None if values is None else offset.float().contiguous(),
-        None if values is None else compensator_index.contiguous(),
-        None if shift is None else shift.contiguous(),
-        None if flip is None else flip.contiguous(),
-        None if lam is None else lam.float().contiguous(),
-        None if lam is None else partner.contiguous(),
+        base,
+        base_index,
+        values,
+        None if scale is None else scale.float(),
+        None if offset is None else offset.float(),
+        compensator_index,
+        shift,
+        flip,
+        None if lam is None else lam.float(),
+        partner,
     ]
+    held = [None if t is None else t.contiguous() for t in held]
+    if backend == "triton":
+        from infer_fast.kernels import compose as kernels
+
+        if out.numel():
+            statistics = torch.tensor([mean, std], dtype=torch.float32).to(base.device, non_blocking=True)
+            compensators = None if values is None else held[2:5]
+            kernels.compose(*held[:2], compensators, *held[5:], statistics, out)
+        return out
     native().compose(
         *(0 if t is None else t.data_ptr() for t in held),
         out.data_ptr(),
@@ -157,6 +191,11 @@ def _native(base, base_index, compensators, compensator_index, shift, flip, lam,
         torch.get_num_threads(),
     )
     return out
+
+
+@_compose.register_fake
+def _(base, base_index, values, scale, offset, compensator_index, shift, flip, lam, partner, mean, std, dtype, backend):
+    return base.new_empty((base_index.shape[0], *base.shape[1:]), dtype=dtype)
 
 
 def _check(base, base_index, compensators, compensator_index, shift, flip, lam, partner) -> None:

@@ -13,7 +13,7 @@ from infer_fast.errors import InferFastError
 from infer_fast.ops.backend import choose, native
 
 TINY = 1e-12
-DTYPES = {"native": (torch.float32,)}
+DTYPES = {"native": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def reference(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], rho: float) -> None:
@@ -28,12 +28,16 @@ def reference(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], rho
 @torch.library.custom_op(
     "infer_fast::perturb_",
     mutates_args=("params",),
-    schema="(Tensor(a!)[] params, Tensor[] grads, float rho) -> ()",
-    device_types="cpu",
+    schema="(Tensor(a!)[] params, Tensor[] grads, float rho, str backend) -> ()",
 )
-def _perturb(params, grads, rho):
-    """The native backend: float32, contiguous."""
-    grads = [g.float().contiguous() for g in grads]
+def _perturb(params, grads, rho, backend):
+    """The native and triton backends: contiguous parameters of one dtype."""
+    grads = [g.to(p.dtype).contiguous() for p, g in zip(params, grads, strict=True)]
+    if backend == "triton":
+        from infer_fast.kernels import perturb as kernels
+
+        kernels.perturb(params, grads, rho)
+        return
     native().perturb(
         [p.data_ptr() for p in params],
         [g.data_ptr() for g in grads],
@@ -44,7 +48,7 @@ def _perturb(params, grads, rho):
 
 
 @_perturb.register_fake
-def _(params, grads, rho):
+def _(params, grads, rho, backend):
     return None
 
 
@@ -55,17 +59,16 @@ def perturb_(
     """theta += rho * g / (||g||_2 + 1e-12) in place, the norm over the whole list.
 
     params, grads: as many tensors each, pairwise of one shape; an empty list does nothing.
-    Raises InferFastError when they don't pair up, or a forced backend can't serve.
+    Parameters of mixed dtypes or layouts take the reference. Raises InferFastError when they don't pair up, or a forced
+    backend can't serve.
     """
     if [p.shape for p in params] != [g.shape for g in grads]:
         raise InferFastError(f"perturb_: {len(params)} parameters and {len(grads)} gradients don't pair up in shape.")
     if not params:
         return
-    if choose("perturb_", params[0], backend, DTYPES) == "native" and all(_fits_native(p) for p in params):
-        _perturb(list(params), list(grads), rho)
-    else:
+    chosen = choose("perturb_", params[0], backend, DTYPES)
+    alike = all(p.is_contiguous() and p.dtype == params[0].dtype and p.device == params[0].device for p in params)
+    if chosen == "reference" or not alike:
         reference(params, grads, rho)
-
-
-def _fits_native(param: torch.Tensor) -> bool:
-    return param.dtype == torch.float32 and param.is_contiguous()
+    else:
+        _perturb(list(params), list(grads), rho, chosen)

@@ -1,5 +1,7 @@
 """bn_match: every backend against the float64 reference, and the reference against BatchNorm and autograd."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -24,6 +26,8 @@ ACTIVATIONS = ["none", "relu", "relu6", "silu"]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DEVICES = [
     pytest.param(("native", "cpu"), marks=pytest.mark.skipif(native() is None, reason="no compiler"), id="native"),
+    pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
 ]
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-2)}
 
@@ -101,6 +105,9 @@ def test_reference_passes_gradcheck(generator, activation):
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_backends_equal_the_float64_reference(generator, where, shape, layout, dtype, lanes):
     backend, device = where
+    slow = (backend, device) == ("triton", "cpu")
+    if slow and math.prod(shape) > 5000:
+        pytest.skip("too large for the interpreter")
     parts = arguments(shape, generator, dtype)
     exact_parts = [p.double() for p in parts]
     parts = [p.to(device) for p in parts]
@@ -108,6 +115,8 @@ def test_backends_equal_the_float64_reference(generator, where, shape, layout, d
     upstream = draw(generator, *shape).to(dtype), draw(generator, lanes)
     for activation in ACTIVATIONS:
         for with_residual in (False, True):
+            if slow and with_residual != (ACTIVATIONS.index(activation) % 2 == 0):
+                continue  # the interpreter takes half of the combinations
             residual = draw(generator, *shape).to(dtype) if with_residual else None
             options = {"activation": activation, "lanes": lanes, "r_var": 11.0}
             on_device = None if residual is None else residual.to(device).contiguous(memory_format=LAYOUTS[layout])
@@ -126,9 +135,9 @@ def test_huge_means_do_not_cancel_and_tiny_variances_count(generator, where, lay
     """Mean 1e4 with variance 1, and mean 1 with variance 1e-8, in float32: as in float64."""
     backend, device = where
     for level, spread in ((1e4, 1.0), (1.0, 1e-4)):
-        x = (level + spread * draw(generator, 32, 6, 16, 16)).float().contiguous(memory_format=LAYOUTS[layout])
-        mean, var = torch.full((6,), level), torch.full((6,), spread**2 * 1.5)
-        parts = [x, torch.ones(6), torch.zeros(6), mean, var]
+        x = (level + spread * draw(generator, 32, 3, 8, 8)).float().contiguous(memory_format=LAYOUTS[layout])
+        mean, var = torch.full((3,), level), torch.full((3,), spread**2 * 1.5)
+        parts = [x, torch.ones(3), torch.zeros(3), mean, var]
         upstream = torch.zeros_like(x), torch.ones(1)
         _, penalty, gradient = value_and_gradients(
             [p.to(device) for p in parts], None, [u.to(device) for u in upstream], backend=backend
@@ -142,6 +151,7 @@ def test_huge_means_do_not_cancel_and_tiny_variances_count(generator, where, lay
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, inside the interpreter
 def test_nan_and_inf_propagate_as_the_references_do(generator, where, layout, activation, with_residual):
     backend, device = where
     parts = list(arguments((4, 5, 3, 3), generator, torch.float32))
@@ -182,14 +192,14 @@ def test_the_number_of_threads_changes_no_bit(generator, layout):
 def test_registered_operators_pass_opcheck(generator, activation):
     x, *vectors = arguments((4, 3, 5, 5), generator, torch.float32)
     for residual in (None, torch.randn(x.shape, requires_grad=True)):
-        inputs = (x.clone().requires_grad_(), residual, *vectors, 1e-5, activation, 2, 3.0)
+        inputs = (x.clone().requires_grad_(), residual, *vectors, 1e-5, activation, 2, 3.0, "native")
         torch.library.opcheck(_forward, inputs)
         y, penalty, mean, var, mask = _forward(*inputs)
         kept = residual.detach() if residual is not None and activation == "silu" else None
         torch.library.opcheck(
             _backward,
             (torch.ones_like(y.detach()), torch.ones_like(penalty.detach()), x, kept, *vectors, mean, var, mask, 1e-5,
-             activation, 2, 3.0, residual is not None),
+             activation, 2, 3.0, "native", residual is not None),
         )  # fmt: skip
 
 

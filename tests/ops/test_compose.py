@@ -8,7 +8,12 @@ from infer_fast.ops import Quantised, compose
 from infer_fast.ops.backend import native
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(native() is None, reason="no compiler"))]
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("native", "cpu"), marks=pytest.mark.skipif(native() is None, reason="no compiler"), id="native"),
+    pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
+]
 
 
 def stored(generator, count=7, k=5, height=6, width=9):
@@ -17,6 +22,16 @@ def stored(generator, count=7, k=5, height=6, width=9):
     scale = (torch.rand(k, 3, generator=generator) / 255).half()
     offset = (torch.rand(k, 3, generator=generator) - 0.7).half()
     return base, Quantised(values, scale, offset)
+
+
+def composed(where, base, base_index, compensators=None, index=None, **options):
+    """compose on one backend's device, its result on the CPU."""
+    backend, device = where
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    compensators = None if compensators is None else Quantised(*(t.to(device) for t in compensators))
+    index = None if index is None else index.to(device)
+    arguments = (base.to(device), base_index.to(device), compensators, index)
+    return compose(*arguments, **moved, mean=MEAN, std=STD, backend=backend).cpu()
 
 
 def by_hand(base, b, compensators, k, shift, flip):
@@ -35,19 +50,19 @@ def by_hand(base, b, compensators, k, shift, flip):
     return out.flip(2) if flip else out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("size", [(6, 9), (1, 1), (5, 4)])
-def test_equals_plain_loops(generator, backend, dtype, tolerance, size):
+def test_equals_plain_loops(generator, where, dtype, tolerance, size):
     base, compensators = stored(generator, height=size[0], width=size[1])
     count = 40
     draw = lambda low, high, *s: torch.randint(low, high, s, generator=generator)  # noqa: E731
     base_index, index = draw(0, 7, count), draw(-1, 5, count)
     shift, flip = draw(-10, 11, count, 2), draw(0, 2, count).bool()
     lam, partner = torch.rand(count, generator=generator), torch.randperm(count, generator=generator)
-    batch = compose(
-        base, base_index, compensators, index,
-        shift=shift, flip=flip, lam=lam, partner=partner, mean=MEAN, std=STD, dtype=dtype, backend=backend,
+    batch = composed(
+        where, base, base_index, compensators, index,
+        shift=shift, flip=flip, lam=lam, partner=partner, dtype=dtype,
     )  # fmt: skip
     alone = torch.stack(
         [
@@ -62,20 +77,20 @@ def test_equals_plain_loops(generator, backend, dtype, tolerance, size):
     assert (batch.double() - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bare_images_and_an_empty_batch(generator, backend):
+@pytest.mark.parametrize("where", BACKENDS)
+def test_bare_images_and_an_empty_batch(generator, where):
     base, _ = stored(generator)
-    batch = compose(base, torch.tensor([3, 3, 0]), mean=MEAN, std=STD, backend=backend)
+    batch = composed(where, base, torch.tensor([3, 3, 0]))
     restored = batch * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     torch.testing.assert_close(restored, base[[3, 3, 0]].float() / 255, atol=1e-6, rtol=1e-5)
-    assert compose(base, torch.empty(0, dtype=torch.int64), mean=MEAN, std=STD, backend=backend).shape == (0, 3, 6, 9)
+    assert composed(where, base, torch.empty(0, dtype=torch.int64)).shape == (0, 3, 6, 9)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_huge_shifts_give_black(generator, backend):
+@pytest.mark.parametrize("where", BACKENDS)
+def test_huge_shifts_give_black(generator, where):
     base, _ = stored(generator)
     shift = torch.tensor([[2**62, 0], [0, -(2**62)]])
-    batch = compose(base, torch.tensor([0, 1]), shift=shift, mean=MEAN, std=STD, backend=backend)
+    batch = composed(where, base, torch.tensor([0, 1]), shift=shift)
     black = (-torch.tensor(MEAN) / torch.tensor(STD)).view(1, 3, 1, 1)
     torch.testing.assert_close(batch, black.expand_as(batch))
 

@@ -5,17 +5,48 @@ import torch
 
 from infer_fast.errors import InferFastError
 from infer_fast.ops import perturb_
+from infer_fast.ops.backend import native
+from infer_fast.ops.perturb import _perturb
+
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("native", "cpu"), marks=pytest.mark.skipif(native() is None, reason="no compiler"), id="native"),
+    pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
+]
+SHAPES = [[(3,)], [(4, 3, 3, 3), (4,), (1,), ()], [(0,), (5,)], [(0,)], [(9001,), (64, 130), (7,)]]
 
 
-@pytest.mark.parametrize("shapes", [[(3,)], [(4, 3, 3, 3), (4,), (1,), ()], [(0,), (5,)]])
-def test_moves_along_the_gradient_by_rho_over_the_common_norm(generator, shapes):
-    params = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    grads = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    before = [p.clone() for p in params]
-    perturb_(params, grads, 0.3)
-    norm = sum((g**2).sum() for g in grads).sqrt()
+@pytest.mark.parametrize("where", BACKENDS)
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_moves_along_the_gradient_by_rho_over_the_common_norm(generator, where, shapes, dtype):
+    backend, device = where
+    if dtype == torch.float64 and backend != "reference":
+        pytest.skip("float64 is the reference's")
+    before = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    grads = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    params = [p.to(device, copy=True) for p in before]
+    perturb_(params, [g.to(device) for g in grads], 0.3, backend=backend)
+    norm = sum((g.double() ** 2).sum() for g in grads).sqrt().clamp(min=1e-12)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     for param, old, grad in zip(params, before, grads, strict=True):
-        torch.testing.assert_close(param, old + 0.3 * grad / norm, rtol=1e-12, atol=1e-12)
+        expected = old.double() + 0.3 * grad.double() / norm
+        torch.testing.assert_close(param.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_mixed_dtypes_and_layouts_take_the_reference(generator):
+    params = [torch.randn(4, 6, generator=generator).t(), torch.randn(5, generator=generator, dtype=torch.float64)]
+    before = [p.clone() for p in params]
+    perturb_(params, [torch.ones_like(p) for p in params], 1.0)
+    for param, old in zip(params, before, strict=True):
+        torch.testing.assert_close(param, old + 1 / 29**0.5, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(native() is None, reason="no compiler")
+def test_the_registered_operator_passes_opcheck(generator):
+    params, grads = ([torch.randn(s, generator=generator) for s in (3, 4)] for _ in range(2))
+    torch.library.opcheck(_perturb, (params, grads, 0.5, "native"))
 
 
 def test_a_zero_gradient_moves_nothing():

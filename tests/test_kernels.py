@@ -1,0 +1,69 @@
+"""Triton kernels without a GPU: each compiles for Hopper in every form that its launcher asks for."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import itertools
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from infer_fast.kernels import bn_match, compose, perturb
+
+def compile(kernel, pointers, numbers, constants, warps=4):
+    fn = getattr(kernel, "fn", kernel) if not isinstance(kernel, triton.runtime.JITFunction) else kernel
+    signature, values = {}, {}
+    for name in fn.arg_names:
+        if name in constants:
+            signature[name], values[(fn.arg_names.index(name),)] = "constexpr", constants[name]
+        else:
+            signature[name] = pointers.get(name) or numbers.get(name, "i32")
+    built = triton.compile(
+        ASTSource(fn, signature=signature, constexprs=values),
+        target=GPUTarget("cuda", 90, 32), options={"num_warps": warps},
+    )
+    assert built.asm["cubin"]
+    return 1
+
+built = 0
+f32, bytes_ = "*fp32", "*u8"
+vectors = dict.fromkeys(["weight", "bias", "running_mean", "running_var", "partial", "coefficients", "mean", "var",
+                         "penalty", "grad_penalty"], f32)
+for dtype, rows, activation, residual in [
+    ("*bf16", True, 1, True), ("*bf16", False, 1, True), ("*fp32", True, 3, False), ("*fp32", False, 2, True),
+    ("*fp16", True, 3, True), ("*bf16", True, 0, False),
+]:
+    tensors = dict.fromkeys(["x", "residual", "y", "grad_y", "grad_x", "grad_residual"], dtype) | {"mask": bytes_}
+    constants = {"ACTIVATION": activation, "RESIDUAL": residual, "MASK": residual and activation in (1, 2),
+                 "WEIGHT": True, "BIAS": True, "ROWS": rows, "BLOCK": 64, "TILE": 2048}
+    for kernel in (bn_match._forward, bn_match._backward):
+        built += compile(kernel, tensors | vectors, {"eps": "fp32"}, constants)
+for kernel in (bn_match._finish, bn_match._coefficients):
+    built += compile(kernel, vectors, {"count": "fp32", "r_var": "fp32"}, {"BLOCK": 1024})
+for kind in (triton.language.float32, triton.language.bfloat16):
+    constants = {"KIND": kind, "CHUNK": perturb.CHUNK}
+    table = {"params": "*i64", "grads": "*i64", "sizes": "*i64", "partial": f32}
+    for kernel in (perturb._squares, perturb._step):
+        built += compile(kernel, table, {"rho": "fp32", "tiny": "fp32"}, constants)
+pointers = dict.fromkeys(["base_index", "compensator_index", "shift", "partner"], "*i64") | dict.fromkeys(
+    ["base", "values", "flip"], bytes_) | {"scale": f32, "offset": f32, "lam": f32, "statistics": f32, "out": "*bf16"}
+for flag in (True, False):
+    constants = dict.fromkeys(["COMPENSATED", "SHIFTED", "FLIPPED", "MIXED"], flag) | {"BLOCK": compose.BLOCK}
+    built += compile(compose._compose, pointers, {}, constants)
+print(built, "kernels")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "20 kernels"
