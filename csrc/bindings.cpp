@@ -161,6 +161,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("compose", &compose, "See infer_fast.ops.compose.");
   module.def("bn_match_forward", &bn_match_forward, "See infer_fast.ops.bn_match.");
   module.def("bn_match_backward", &bn_match_backward, "See infer_fast.ops.bn_match.");
-  module.def("bn_match_mask_bytes", &infer_fast::bn_match_mask_bytes, "Bytes of bn_match's mask.");
+  module.attr("BN_MATCH_SMALL_PLANE") = infer_fast::kBnMatchSmallPlane;
   module.def("perturb", &perturb, "See infer_fast.ops.perturb_.");
 }

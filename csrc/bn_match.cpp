@@ -11,22 +11,80 @@
 namespace infer_fast {
 namespace {
 
-constexpr int64_t kPlanePiece = 4096;  // elements summed in float32 before double takes over (contiguous)
-constexpr int64_t kRowPiece = 16384;   // elements of one channels_last piece, about
-constexpr int64_t kPeriod = 64;        // channels_last rows shorter than this are taken several at a time
-constexpr int64_t kRows = 8;           // periods of a channels_last piece whose flags are packed together
+constexpr int64_t kPlanePiece = 4096;       // elements summed in float32 before double takes over (planes)
+constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, about
+constexpr int64_t kWidth = 64;              // channels_last rows shorter than this are taken several at a time
+constexpr int64_t kBlock = 1024;            // elements of such a row that are taken together
 constexpr int64_t kLeastPerThread = 16384;  // elements worth another thread
 
-// What one pass works with: the shape, the per-channel parameters, and where everything lies.
-struct Pass {
-  const BnMatchArguments& arguments;
-  const float *mean, *scale, *bias;  // per channel, repeated up to `period` for channels_last
-  const float *a, *b;                // backward: per (lane, channel), repeated alike
-  int64_t period;                    // entries of one lane's parameters
-  double *sum, *square;              // forward: per piece and channel
+// How a tensor is read row by row. channels_last: a group is one image, a row some pixels. Contiguous with small
+// planes: a group is one lane, a row one image, cut into blocks of whole planes. Parameters lie as the elements of one
+// row do, so that a row is one loop without a branch.
+struct Rows {
+  int64_t width;           // elements of a row (of a block of it)
+  int64_t pitch;           // elements from one row to the next
+  int64_t blocks;          // blocks side by side in a row
+  int64_t rows;            // rows of one piece
+  int64_t run;             // rows that lie side by side and are taken in one call
+  int64_t group_rows;      // rows of a group (the last may be short, channels_last)
+  int64_t group_elements;  // elements of a group
+  int64_t per_group;       // pieces of a group, one below another
+  int64_t groups;
+  int64_t parameters;  // entries of the parameters: those of all blocks
 };
 
-// One thread's own room: 2 * period sums, and the flags of kRows periods.
+bool by_rows(const BnMatchArguments& a) { return a.channels_last || a.plane <= kBnMatchSmallPlane; }
+
+int64_t up(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+Rows rows_of(const BnMatchArguments& a) {
+  Rows r{};
+  const int64_t image = a.channels * a.plane;
+  if (a.channels_last) {
+    const int64_t pixels = a.channels < kWidth ? std::max<int64_t>(1, kWidth / a.channels) : 1;
+    r.width = r.pitch = r.parameters = a.channels * pixels;
+    r.blocks = 1;
+    r.run = 8;  // a multiple of 8 rows, so that each run's bits begin at a byte
+    r.rows = std::max<int64_t>(1, kRowPiece / r.width / r.run) * r.run;
+    r.group_elements = image;
+    r.group_rows = up(image, r.width);
+    r.groups = a.lanes * a.batch;
+  } else if (by_rows(a)) {
+    // A multiple of 8 planes, so that each block's bits begin at a byte.
+    const int64_t planes = std::max<int64_t>(1, kBlock / a.plane / 8) * 8;
+    r.width = std::min(planes * a.plane, image);
+    r.pitch = r.parameters = image;
+    r.blocks = up(image, r.width);
+    r.run = 1;
+    r.rows = std::max<int64_t>(1, kRowPiece / r.width);
+    r.group_elements = a.batch * image;
+    r.group_rows = a.batch;
+    r.groups = a.lanes;
+  }
+  r.per_group = r.rows ? up(r.group_rows, r.rows) : 0;
+  return r;
+}
+
+int64_t channel_of(const BnMatchArguments& a, int64_t parameter) {
+  return a.channels_last ? parameter % a.channels : parameter / a.plane;
+}
+
+// The byte of the mask where the bits of the element `at` begin; an image's bits begin at a byte of their own.
+int64_t mask_offset(const BnMatchArguments& a, int64_t at) {
+  const int64_t image = a.channels * a.plane;
+  return at / image * ((image + 7) / 8) + at % image / 8;
+}
+
+// What one pass works with: the shape, the parameters, and where everything lies.
+struct Pass {
+  const BnMatchArguments& arguments;
+  const Rows rows;
+  const float *mean, *scale, *bias;  // per channel, or as the elements of a row
+  const float *a, *b;                // backward: likewise, for each lane
+  double *sum, *square;              // forward: per plane, or per piece of rows and channel
+};
+
+// One thread's own room: the sums of a row's width, twice, and the flags of a run.
 struct Scratch {
   float* sums;
   uint8_t* flags;
@@ -38,20 +96,6 @@ using Work = void (*)(const Pass&, const Scratch&, int64_t begin, int64_t end);
 struct Variant {
   Work forward_planes, forward_pieces, backward_planes, backward_pieces;
 };
-
-int64_t bytes_of_bits(int64_t count) { return (count + 7) / 8; }
-
-// channels_last: rows (pixels) of one piece, a multiple of 8 so that a piece's bits start at a byte, and of the rows
-// that share one period.
-int64_t rows_per_piece(int64_t channels, int64_t period) {
-  const int64_t together = 8 * (period / channels);
-  return std::max<int64_t>(1, kRowPiece / channels / together) * together;
-}
-
-int64_t pieces_per_image(const BnMatchArguments& a, int64_t period) {
-  const int64_t rows = rows_per_piece(a.channels, period);
-  return (a.plane + rows - 1) / rows;
-}
 
 #define INFER_FAST_TARGET generic
 #include "bn_match_target.h"
@@ -91,34 +135,35 @@ Variant choose(const BnMatchArguments& a) {
   return a.is_bfloat16 ? choose<bfloat16>(a.activation, with_residual) : choose<float>(a.activation, with_residual);
 }
 
-// The parameters of every channel, written `copies` times over.
+int64_t parameter_count(const BnMatchArguments& a, const Rows& r) { return by_rows(a) ? r.parameters : a.channels; }
+
+int64_t channel_at(const BnMatchArguments& a, int64_t parameter) {
+  return by_rows(a) ? channel_of(a, parameter) : parameter;
+}
+
+// The parameters, per channel or as the elements of a row.
 struct Parameters {
   std::vector<float> mean, scale, bias;
 
-  Parameters(const BnMatchArguments& a, int64_t copies) {
-    const int64_t count = a.channels * copies;
+  Parameters(const BnMatchArguments& a, const Rows& r) {
+    const int64_t count = parameter_count(a, r);
     mean.resize(static_cast<size_t>(count));
     scale.resize(static_cast<size_t>(count));
     bias.resize(static_cast<size_t>(count));
+    std::vector<float> scales(static_cast<size_t>(a.channels));
+    for (int64_t c = 0; c < a.channels; ++c) {
+      const double root = std::sqrt(static_cast<double>(a.running_var[c]) + a.eps);
+      scales[static_cast<size_t>(c)] = static_cast<float>((a.weight ? static_cast<double>(a.weight[c]) : 1.0) / root);
+    }
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t c = i % a.channels;
+      const int64_t c = channel_at(a, i);
       const size_t at = static_cast<size_t>(i);
       mean[at] = a.running_mean[c];
-      const double root = std::sqrt(static_cast<double>(a.running_var[c]) + a.eps);
-      scale[at] = static_cast<float>((a.weight ? static_cast<double>(a.weight[c]) : 1.0) / root);
+      scale[at] = scales[static_cast<size_t>(c)];
       bias[at] = a.bias ? a.bias[c] : 0.0f;
     }
   }
 };
-
-int64_t copies_of_rows(const BnMatchArguments& a) {
-  return a.channels_last && a.channels < kPeriod ? std::max<int64_t>(1, kPeriod / a.channels) : 1;
-}
-
-// Pieces whose sums are kept apart: for a contiguous tensor each plane is one, for channels_last some rows.
-int64_t piece_count(const BnMatchArguments& a, int64_t period) {
-  return a.channels_last ? a.lanes * a.batch * pieces_per_image(a, period) : a.lanes * a.batch;
-}
 
 void finish_statistics(const BnMatchArguments& a, const std::vector<double>& sum, const std::vector<double>& square,
                        int64_t pieces_per_lane) {
@@ -148,11 +193,10 @@ void finish_statistics(const BnMatchArguments& a, const std::vector<double>& sum
 }
 
 // d penalty / d x = a + b * (x - running_mean) for each (lane, channel), times the penalty's own gradient.
-void gradient_coefficients(const BnMatchArguments& arguments, int64_t copies, std::vector<float>& a,
-                           std::vector<float>& b) {
-  const BnMatchArguments& g = arguments;
+void gradient_coefficients(const BnMatchArguments& g, const Rows& r, std::vector<float>& a, std::vector<float>& b) {
   const double count = static_cast<double>(g.batch) * static_cast<double>(g.plane);
-  const int64_t period = g.channels * copies;
+  const int64_t entries = parameter_count(g, r);
+  std::vector<float> of_channel_a(static_cast<size_t>(g.channels)), of_channel_b(of_channel_a.size());
   for (int64_t lane = 0; lane < g.lanes; ++lane) {
     double mean_norm = 0.0, var_norm = 0.0;
     for (int64_t c = 0; c < g.channels; ++c) {
@@ -164,57 +208,59 @@ void gradient_coefficients(const BnMatchArguments& arguments, int64_t copies, st
     mean_norm = std::sqrt(mean_norm);
     var_norm = std::sqrt(var_norm);
     const double upstream = g.grad_penalty[lane];
-    for (int64_t i = 0; i < period; ++i) {
-      const int64_t c = i % g.channels;
+    for (int64_t c = 0; c < g.channels; ++c) {
       const double mean = g.mean[lane * g.channels + c];
       const double difference = static_cast<double>(g.var[lane * g.channels + c]) - g.running_var[c];
       // A norm of zero has the subgradient zero, as in PyTorch.
       const double slope = var_norm == 0.0 ? 0.0 : upstream * g.r_var * difference / var_norm * 2.0 / count;
       const double level = mean_norm == 0.0 ? 0.0 : upstream * mean / mean_norm / count;
-      a[static_cast<size_t>(lane * period + i)] = static_cast<float>(level - slope * mean);
-      b[static_cast<size_t>(lane * period + i)] = static_cast<float>(slope);
+      of_channel_a[static_cast<size_t>(c)] = static_cast<float>(level - slope * mean);
+      of_channel_b[static_cast<size_t>(c)] = static_cast<float>(slope);
+    }
+    for (int64_t i = 0; i < entries; ++i) {
+      const size_t c = static_cast<size_t>(channel_at(g, i));
+      a[static_cast<size_t>(lane * entries + i)] = of_channel_a[c];
+      b[static_cast<size_t>(lane * entries + i)] = of_channel_b[c];
     }
   }
 }
 
 void run(const BnMatchArguments& a, const Pass& pass, Work planes, Work pieces, int threads) {
-  std::vector<float> sums(static_cast<size_t>(2 * pass.period * threads));
-  std::vector<uint8_t> flags(static_cast<size_t>((pass.period * kRows + 8) * threads));
-  const Work work = a.channels_last ? pieces : planes;
-  const int64_t count = a.channels_last ? piece_count(a, pass.period) : a.lanes * a.batch * a.channels;
+  const Rows& r = pass.rows;
+  const int64_t flags_each = r.width * r.run + 8;
+  std::vector<float> sums(static_cast<size_t>(2 * r.width * threads));
+  std::vector<uint8_t> flags(static_cast<size_t>(flags_each * threads));
+  const Work work = by_rows(a) ? pieces : planes;
+  const int64_t count = by_rows(a) ? r.groups * r.per_group * r.blocks : a.lanes * a.batch * a.channels;
   const int64_t elements = std::max<int64_t>(1, a.lanes * a.batch * a.channels * a.plane / count);
   parallel_ranges(count, threads, kLeastPerThread / elements, [&](int64_t part, int64_t begin, int64_t end) {
-    const Scratch scratch{sums.data() + part * 2 * pass.period, flags.data() + part * (pass.period * kRows + 8)};
+    const Scratch scratch{sums.data() + part * 2 * r.width, flags.data() + part * flags_each};
     work(pass, scratch, begin, end);
   });
 }
 
 }  // namespace
 
-int64_t bn_match_mask_bytes(int64_t images, int64_t channels, int64_t plane, bool channels_last) {
-  return channels_last ? images * bytes_of_bits(channels * plane) : images * channels * bytes_of_bits(plane);
-}
-
 void bn_match_forward(const BnMatchArguments& a, int threads) {
-  const int64_t copies = copies_of_rows(a), period = a.channels * copies, pieces = piece_count(a, period);
-  const Parameters parameters(a, copies);
-  std::vector<double> sum(static_cast<size_t>(pieces * a.channels)), square(sum.size());
-  const Pass pass{a,       parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
-                  nullptr, nullptr,                period,                  sum.data(),
-                  square.data()};
+  const Rows rows = rows_of(a);
+  const Parameters parameters(a, rows);
+  // Slots whose sums are kept apart: pieces of rows, or the images of planes.
+  const int64_t slots = by_rows(a) ? rows.groups * rows.per_group : a.lanes * a.batch;
+  std::vector<double> sum(static_cast<size_t>(slots * a.channels)), square(sum.size());
+  const Pass pass{a,       rows,    parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
+                  nullptr, nullptr, sum.data(),             square.data()};
   const Variant variant = choose(a);
   run(a, pass, variant.forward_planes, variant.forward_pieces, threads);
-  finish_statistics(a, sum, square, pieces / a.lanes);
+  finish_statistics(a, sum, square, slots / a.lanes);
 }
 
 void bn_match_backward(const BnMatchArguments& g, int threads) {
-  const int64_t copies = copies_of_rows(g), period = g.channels * copies;
-  const Parameters parameters(g, copies);
-  std::vector<float> a(static_cast<size_t>(g.lanes * period)), b(a.size());
-  gradient_coefficients(g, copies, a, b);
-  const Pass pass{g,        parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
-                  a.data(), b.data(),               period,                  nullptr,
-                  nullptr};
+  const Rows rows = rows_of(g);
+  const Parameters parameters(g, rows);
+  std::vector<float> a(static_cast<size_t>(g.lanes * parameter_count(g, rows))), b(a.size());
+  gradient_coefficients(g, rows, a, b);
+  const Pass pass{g,        rows,     parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
+                  a.data(), b.data(), nullptr,                nullptr};
   const Variant variant = choose(g);
   run(g, pass, variant.backward_planes, variant.backward_pieces, threads);
 }

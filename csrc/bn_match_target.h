@@ -38,36 +38,59 @@ void backward_planes(const Pass& p, const Scratch&, int64_t begin, int64_t end) 
         with_residual && a.residual ? static_cast<const Scalar*>(a.residual) + at : nullptr,
         static_cast<const Scalar*>(a.grad_y) + at, a.mask ? a.mask + plane * ((a.plane + 7) / 8) : nullptr,
         static_cast<Scalar*>(a.grad_x) + at, with_residual ? static_cast<Scalar*>(a.grad_residual) + at : nullptr,
-        a.plane, p.mean[c], p.scale[c], p.bias[c], p.a[lane * p.period + c], p.b[lane * p.period + c]);
+        a.plane, p.mean[c], p.scale[c], p.bias[c], p.a[lane * a.channels + c], p.b[lane * a.channels + c]);
   }
 }
 
-// A piece is cut into runs of whole periods, so that act' flags of one run fit in a small buffer.
+// Where a piece lies: element offsets from the start of the tensor, rows of `count` elements `pitch` apart.
+struct Place {
+  int64_t first_row, last_row, block, group;  // rows of the group, and which of the blocks side by side
+  int64_t parameters;                         // where the block's parameters begin
+};
+
+inline Place place_of(const Rows& r, int64_t piece) {
+  const int64_t block = piece % r.blocks, down = piece / r.blocks % r.per_group, group = piece / r.blocks / r.per_group;
+  const int64_t first = down * r.rows;
+  const int64_t last = first + r.rows < r.group_rows ? first + r.rows : r.group_rows;
+  return {first, last, block, group, block * r.width};
+}
+
+// Elements of the run of rows that begins at `row`: whole rows, but for the last of a group or a block.
+inline int64_t run_elements(const Rows& r, const Place& place, int64_t row, int64_t rows) {
+  if (r.blocks > 1 || r.pitch != r.width) {  // one row at a time; the last block may be narrower
+    const int64_t left = r.pitch - place.block * r.width;
+    return left < r.width ? left : r.width;
+  }
+  const int64_t end = (row + rows) * r.width;
+  return (end < r.group_elements ? end : r.group_elements) - row * r.width;
+}
+
 template <typename Scalar, Activation kind, bool with_residual>
 void forward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64_t end) {
   constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
   const BnMatchArguments& a = p.arguments;
-  const int64_t rows = rows_per_piece(a.channels, p.period), each = pieces_per_image(a, p.period);
-  const int64_t image_elements = a.plane * a.channels, mask_pitch = (image_elements + 7) / 8;
-  const int64_t run = p.period * kRows;
-  float *sum = scratch.sums, *square = scratch.sums + p.period;
+  const Rows& r = p.rows;
+  float *sum = scratch.sums, *square = scratch.sums + r.width;
   for (int64_t piece = begin; piece < end; ++piece) {
-    const int64_t image = piece / each, first = (piece % each) * rows * a.channels;
-    const int64_t last = first + rows * a.channels < image_elements ? first + rows * a.channels : image_elements;
-    const int64_t at = image * image_elements;
-    for (int64_t i = 0; i < 2 * p.period; ++i) sum[i] = 0.0f;
-    for (int64_t e = first; e < last; e += run) {
-      const int64_t count = e + run < last ? run : last - e;
+    const Place place = place_of(r, piece);
+    for (int64_t i = 0; i < 2 * r.width; ++i) sum[i] = 0.0f;
+    for (int64_t row = place.first_row; row < place.last_row; row += r.run) {
+      const int64_t rows = row + r.run < place.last_row ? r.run : place.last_row - row;
+      const int64_t count = run_elements(r, place, row, rows);
+      const int64_t at = place.group * r.group_elements + row * r.pitch + place.parameters;
       forward_rows<Scalar, kind, with_residual>(
-          static_cast<const Scalar*>(a.x) + at + e,
-          with_residual ? static_cast<const Scalar*>(a.residual) + at + e : nullptr, static_cast<Scalar*>(a.y) + at + e,
-          scratch.flags, count, p.period, p.mean, p.scale, p.bias, sum, square);
-      if (packs && a.mask) pack_bits(scratch.flags, a.mask + image * mask_pitch + e / 8, count);
+          static_cast<const Scalar*>(a.x) + at, with_residual ? static_cast<const Scalar*>(a.residual) + at : nullptr,
+          static_cast<Scalar*>(a.y) + at, scratch.flags, count, r.width, p.mean + place.parameters,
+          p.scale + place.parameters, p.bias + place.parameters, sum, square);
+      if (packs && a.mask) pack_bits(scratch.flags, a.mask + mask_offset(a, at), count);
     }
-    double *piece_sum = p.sum + piece * a.channels, *piece_square = p.square + piece * a.channels;
-    for (int64_t i = 0; i < p.period; ++i) {
-      piece_sum[i % a.channels] += sum[i];
-      piece_square[i % a.channels] += square[i];
+    double* piece_sum = p.sum + (place.group * r.per_group + place.first_row / r.rows) * a.channels;
+    double* piece_square = p.square + (piece_sum - p.sum);
+    const int64_t filled = r.parameters - place.parameters < r.width ? r.parameters - place.parameters : r.width;
+    for (int64_t i = 0; i < filled; ++i) {
+      const int64_t c = channel_of(a, place.parameters + i);
+      piece_sum[c] += sum[i];
+      piece_square[c] += square[i];
     }
   }
 }
@@ -76,22 +99,24 @@ template <typename Scalar, Activation kind, bool with_residual>
 void backward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64_t end) {
   constexpr bool packed = with_residual && (kind == Activation::relu || kind == Activation::relu6);
   const BnMatchArguments& a = p.arguments;
-  const int64_t rows = rows_per_piece(a.channels, p.period), each = pieces_per_image(a, p.period);
-  const int64_t image_elements = a.plane * a.channels, mask_pitch = (image_elements + 7) / 8;
-  const int64_t run = p.period * kRows;
+  const Rows& r = p.rows;
   for (int64_t piece = begin; piece < end; ++piece) {
-    const int64_t image = piece / each, first = (piece % each) * rows * a.channels;
-    const int64_t last = first + rows * a.channels < image_elements ? first + rows * a.channels : image_elements;
-    const int64_t at = image * image_elements, lane = image / a.batch;
-    for (int64_t e = first; e < last; e += run) {
-      const int64_t count = e + run < last ? run : last - e;
-      if (packed) unpack_bits(a.mask + image * mask_pitch + e / 8, scratch.flags, count);
+    const Place place = place_of(r, piece);
+    const int64_t lane = r.group_elements * place.group / (a.batch * a.plane * a.channels);
+    const float* coefficients_a = p.a + lane * r.parameters + place.parameters;
+    const float* coefficients_b = p.b + lane * r.parameters + place.parameters;
+    for (int64_t row = place.first_row; row < place.last_row; row += r.run) {
+      const int64_t rows = row + r.run < place.last_row ? r.run : place.last_row - row;
+      const int64_t count = run_elements(r, place, row, rows);
+      const int64_t at = place.group * r.group_elements + row * r.pitch + place.parameters;
+      if (packed) unpack_bits(a.mask + mask_offset(a, at), scratch.flags, count);
       backward_rows<Scalar, kind, with_residual>(
-          static_cast<const Scalar*>(a.x) + at + e,
-          with_residual && a.residual ? static_cast<const Scalar*>(a.residual) + at + e : nullptr,
-          static_cast<const Scalar*>(a.grad_y) + at + e, scratch.flags, static_cast<Scalar*>(a.grad_x) + at + e,
-          with_residual ? static_cast<Scalar*>(a.grad_residual) + at + e : nullptr, count, p.period, p.mean, p.scale,
-          p.bias, p.a + lane * p.period, p.b + lane * p.period);
+          static_cast<const Scalar*>(a.x) + at,
+          with_residual && a.residual ? static_cast<const Scalar*>(a.residual) + at : nullptr,
+          static_cast<const Scalar*>(a.grad_y) + at, scratch.flags, static_cast<Scalar*>(a.grad_x) + at,
+          with_residual ? static_cast<Scalar*>(a.grad_residual) + at : nullptr, count, r.width,
+          p.mean + place.parameters, p.scale + place.parameters, p.bias + place.parameters, coefficients_a,
+          coefficients_b);
     }
   }
 }

@@ -63,6 +63,9 @@ void compose(const ComposeArguments& arguments, int threads);
 
 enum class Activation { none = 0, relu = 1, relu6 = 2, silu = 3 };
 
+// Contiguous planes up to this many elements are taken many at a time, and their images' mask bits lie together.
+constexpr int64_t kBnMatchSmallPlane = 128;
+
 // The arguments of infer_fast.ops.bn_match, forward and backward. Images of one lane lie side by side; a tensor is
 // either contiguous (plane = H*W elements per channel) or channels_last (rows of C elements).
 struct BnMatchArguments {
@@ -74,7 +77,8 @@ struct BnMatchArguments {
   const float* running_var;
   float* mean;     // (lanes, C): mean - running_mean, written by forward, read by backward
   float* var;      // (lanes, C): biased variance, likewise
-  uint8_t* mask;   // one bit per element where act' is 1, written by forward with a residual and relu or relu6; or null
+  uint8_t* mask;   // one bit per element where act' is 1, written by forward with a residual and relu or
+                   // relu6; an image's bits (a plane's, if planes are large) begin at a byte of their own; or null
   void* y;         // forward: like x
   float* penalty;  // forward: (lanes,)
   const void* grad_y;           // backward: like x
@@ -86,9 +90,6 @@ struct BnMatchArguments {
   bool is_bfloat16, channels_last;
   Activation activation;
 };
-
-// Bytes of the mask: each image's elements start at a byte of their own.
-int64_t bn_match_mask_bytes(int64_t images, int64_t channels, int64_t plane, bool channels_last);
 
 void bn_match_forward(const BnMatchArguments& arguments, int threads);
 void bn_match_backward(const BnMatchArguments& arguments, int threads);

@@ -215,11 +215,14 @@ def _memory_format(x: torch.Tensor) -> torch.memory_format:
 
 
 def _mask_bytes(x: torch.Tensor, backend: str) -> int:
-    """One bit per element; each plane, or channels_last image (native) or pixel (triton), starts at a new byte."""
+    """One bit per element. What begins at a byte of its own: a plane, or the pixels of channels_last (triton); a large
+    plane, or an image of small planes or of channels_last (native)."""
     b, c, h, w = x.shape
-    if not _is_channels_last(x):
-        return b * c * -(-h * w // 8)
-    return b * h * w * -(-c // 8) if backend == "triton" else b * -(-c * h * w // 8)
+    channels_last = _is_channels_last(x)
+    if backend == "triton":
+        return b * h * w * -(-c // 8) if channels_last else b * c * -(-h * w // 8)
+    by_image = channels_last or h * w <= native().BN_MATCH_SMALL_PLANE
+    return b * -(-c * h * w // 8) if by_image else b * c * -(-h * w // 8)
 
 
 def _check(x, running_mean, running_var, residual, activation: str, lanes: int) -> None:

@@ -1,0 +1,148 @@
+"""Timing in turn, peak memory, the hardware's limits, and results as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def milliseconds_in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median wall-clock milliseconds of each function, called A B C A B C ... after one warm-up round."""
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            synchronise()
+            began = time.perf_counter()
+            function()
+            synchronise()
+            if turn > 0:
+                taken[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def copy_bandwidth(elements: int = 1 << 26) -> float:
+    """Bytes per second of a float32 copy on the device, read and written bytes counted."""
+    source = torch.randn(elements, device=device())
+    target = torch.empty_like(source)
+    took = milliseconds_in_turn({"copy": lambda: target.copy_(source)}, 7)["copy"]
+    return 2 * source.nbytes / (took / 1e3)
+
+
+def matmul_rate(size: int, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a size^3 matrix product of random values."""
+    a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+    took = milliseconds_in_turn({"matmul": lambda: a @ b}, 5)["matmul"]
+    return 2 * size**3 / (took / 1e3)
+
+
+def saved_bytes(function: Callable[[], object]) -> int:
+    """Bytes of distinct storages that autograd keeps for backward during function()."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sum(kept.values())
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Bytes of device memory at the highest point of function() above those before it.
+
+    On the CPU this is the growth of the process's resident memory in a forked child, so that earlier peaks don't count.
+    """
+    if torch.cuda.is_available():
+        synchronise()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        synchronise()
+        return torch.cuda.max_memory_allocated() - before
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # threads don't survive a fork
+        before = _resident_bytes()
+        function()
+        highest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        os.write(writer, str(max(0, highest - before)).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as answer:
+        return int(answer.read() or 0)
+
+
+def _resident_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/self/status has no VmRSS line")
+
+
+def machine() -> dict[str, str | int]:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return platform.processor()
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown; the first row's keys are the columns."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small sizes: under a minute on 2 CPU cores")
+    parser.add_argument("--output", type=Path, help="JSON file (default: none)")
+    return parser.parse_args()
+
+
+def write(path: Path | None, rows: list[dict], **more: object) -> None:
+    """Writes the rows with the machine's description, if a path was given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), **more, "rows": rows}, indent=2) + "\n")
