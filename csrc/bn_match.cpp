@@ -11,26 +11,24 @@
 namespace infer_fast {
 namespace {
 
-constexpr int64_t kPlanePiece = 4096;       // elements summed in float32 before double takes over (planes)
 constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, about
 constexpr int64_t kWidth = 64;              // channels_last rows shorter than this are taken several at a time
 constexpr int64_t kBlock = 1024;            // elements of such a row that are taken together
 constexpr int64_t kLeastPerThread = 16384;  // elements worth another thread
 
-// How a tensor is read row by row. channels_last: a group is one image, a row some pixels. Contiguous with small
-// planes: a group is one lane, a row one image, cut into blocks of whole planes. Parameters lie as the elements of one
-// row do, so that a row is one loop without a branch.
+// How a tensor is read row by row, the images of one lane being one group. channels_last: a row is some pixels.
+// Contiguous with small planes: a row is one image, cut into blocks of whole planes. Parameters lie as the elements of
+// one row do, so that a row is one loop without a branch.
 struct Rows {
   int64_t width;           // elements of a row (of a block of it)
   int64_t pitch;           // elements from one row to the next
-  int64_t blocks;          // blocks side by side in a row
+  int64_t blocks;          // blocks side by side in a row (1: rows are whole and lie side by side)
   int64_t rows;            // rows of one piece
   int64_t run;             // rows that lie side by side and are taken in one call
-  int64_t group_rows;      // rows of a group (the last may be short, channels_last)
-  int64_t group_elements;  // elements of a group
-  int64_t per_group;       // pieces of a group, one below another
-  int64_t groups;
-  int64_t parameters;  // entries of the parameters: those of all blocks
+  int64_t lane_rows;       // rows of a lane (the last may be short, channels_last)
+  int64_t lane_elements;   // elements of a lane
+  int64_t per_lane;        // pieces of a lane, one below another
+  int64_t parameters;      // entries of the parameters: those of all blocks
 };
 
 bool by_rows(const BnMatchArguments& a) { return a.channels_last || a.plane <= kBnMatchSmallPlane; }
@@ -46,9 +44,8 @@ Rows rows_of(const BnMatchArguments& a) {
     r.blocks = 1;
     r.run = 8;  // a multiple of 8 rows, so that each run's bits begin at a byte
     r.rows = std::max<int64_t>(1, kRowPiece / r.width / r.run) * r.run;
-    r.group_elements = image;
-    r.group_rows = up(image, r.width);
-    r.groups = a.lanes * a.batch;
+    r.lane_elements = a.batch * image;
+    r.lane_rows = up(r.lane_elements, r.width);
   } else if (by_rows(a)) {
     // A multiple of 8 planes, so that each block's bits begin at a byte.
     const int64_t planes = std::max<int64_t>(1, kBlock / a.plane / 8) * 8;
@@ -57,22 +54,45 @@ Rows rows_of(const BnMatchArguments& a) {
     r.blocks = up(image, r.width);
     r.run = 1;
     r.rows = std::max<int64_t>(1, kRowPiece / r.width);
-    r.group_elements = a.batch * image;
-    r.group_rows = a.batch;
-    r.groups = a.lanes;
+    r.lane_elements = a.batch * image;
+    r.lane_rows = a.batch;
   }
-  r.per_group = r.rows ? up(r.group_rows, r.rows) : 0;
+  r.per_lane = r.rows ? up(r.lane_rows, r.rows) : 0;
   return r;
 }
 
-int64_t channel_of(const BnMatchArguments& a, int64_t parameter) {
-  return a.channels_last ? parameter % a.channels : parameter / a.plane;
+// The byte of the mask where the bits of the element `at` begin. The bits of a lane (channels_last) or of an image
+// begin at a byte of their own.
+int64_t mask_offset(const BnMatchArguments& a, int64_t at) {
+  const int64_t each = a.channels * a.plane * (a.channels_last ? a.batch : 1);
+  return at / each * ((each + 7) / 8) + at % each / 8;
 }
 
-// The byte of the mask where the bits of the element `at` begin; an image's bits begin at a byte of their own.
-int64_t mask_offset(const BnMatchArguments& a, int64_t at) {
-  const int64_t image = a.channels * a.plane;
-  return at / image * ((image + 7) / 8) + at % image / 8;
+// values[c] of every channel, laid out as the parameters of a row.
+void spread(const BnMatchArguments& a, const Rows& r, const float* values, float* out) {
+  if (!by_rows(a)) {
+    std::copy(values, values + a.channels, out);
+  } else if (a.channels_last) {
+    for (int64_t i = 0; i < r.parameters; i += a.channels) std::copy(values, values + a.channels, out + i);
+  } else {
+    for (int64_t c = 0; c < a.channels; ++c) std::fill(out + c * a.plane, out + (c + 1) * a.plane, values[c]);
+  }
+}
+
+// The reverse: sums laid out as a block of a row, added up by channel.
+void gather(const BnMatchArguments& a, const Rows& r, int64_t first_parameter, const float* sums, double* out) {
+  if (a.channels_last) {
+    for (int64_t i = 0; i < r.parameters; i += a.channels)
+      for (int64_t c = 0; c < a.channels; ++c) out[c] += sums[i + c];
+    return;
+  }
+  const int64_t first = first_parameter / a.plane, last = std::min(a.channels, first + r.width / a.plane);
+  for (int64_t c = first; c < last; ++c) {
+    float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < a.plane; ++i) total += sums[(c - first) * a.plane + i];
+    out[c] += total;
+  }
 }
 
 // What one pass works with: the shape, the parameters, and where everything lies.
@@ -137,10 +157,6 @@ Variant choose(const BnMatchArguments& a) {
 
 int64_t parameter_count(const BnMatchArguments& a, const Rows& r) { return by_rows(a) ? r.parameters : a.channels; }
 
-int64_t channel_at(const BnMatchArguments& a, int64_t parameter) {
-  return by_rows(a) ? channel_of(a, parameter) : parameter;
-}
-
 // The parameters, per channel or as the elements of a row.
 struct Parameters {
   std::vector<float> mean, scale, bias;
@@ -155,13 +171,9 @@ struct Parameters {
       const double root = std::sqrt(static_cast<double>(a.running_var[c]) + a.eps);
       scales[static_cast<size_t>(c)] = static_cast<float>((a.weight ? static_cast<double>(a.weight[c]) : 1.0) / root);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t c = channel_at(a, i);
-      const size_t at = static_cast<size_t>(i);
-      mean[at] = a.running_mean[c];
-      scale[at] = scales[static_cast<size_t>(c)];
-      bias[at] = a.bias ? a.bias[c] : 0.0f;
-    }
+    spread(a, r, a.running_mean, mean.data());
+    spread(a, r, scales.data(), scale.data());
+    if (a.bias) spread(a, r, a.bias, bias.data());
   }
 };
 
@@ -217,11 +229,8 @@ void gradient_coefficients(const BnMatchArguments& g, const Rows& r, std::vector
       of_channel_a[static_cast<size_t>(c)] = static_cast<float>(level - slope * mean);
       of_channel_b[static_cast<size_t>(c)] = static_cast<float>(slope);
     }
-    for (int64_t i = 0; i < entries; ++i) {
-      const size_t c = static_cast<size_t>(channel_at(g, i));
-      a[static_cast<size_t>(lane * entries + i)] = of_channel_a[c];
-      b[static_cast<size_t>(lane * entries + i)] = of_channel_b[c];
-    }
+    spread(g, r, of_channel_a.data(), a.data() + lane * entries);
+    spread(g, r, of_channel_b.data(), b.data() + lane * entries);
   }
 }
 
@@ -231,7 +240,7 @@ void run(const BnMatchArguments& a, const Pass& pass, Work planes, Work pieces, 
   std::vector<float> sums(static_cast<size_t>(2 * r.width * threads));
   std::vector<uint8_t> flags(static_cast<size_t>(flags_each * threads));
   const Work work = by_rows(a) ? pieces : planes;
-  const int64_t count = by_rows(a) ? r.groups * r.per_group * r.blocks : a.lanes * a.batch * a.channels;
+  const int64_t count = by_rows(a) ? a.lanes * r.per_lane * r.blocks : a.lanes * a.batch * a.channels;
   const int64_t elements = std::max<int64_t>(1, a.lanes * a.batch * a.channels * a.plane / count);
   parallel_ranges(count, threads, kLeastPerThread / elements, [&](int64_t part, int64_t begin, int64_t end) {
     const Scratch scratch{sums.data() + part * 2 * r.width, flags.data() + part * flags_each};
@@ -245,7 +254,7 @@ void bn_match_forward(const BnMatchArguments& a, int threads) {
   const Rows rows = rows_of(a);
   const Parameters parameters(a, rows);
   // Slots whose sums are kept apart: pieces of rows, or the images of planes.
-  const int64_t slots = by_rows(a) ? rows.groups * rows.per_group : a.lanes * a.batch;
+  const int64_t slots = by_rows(a) ? a.lanes * rows.per_lane : a.lanes * a.batch;
   std::vector<double> sum(static_cast<size_t>(slots * a.channels)), square(sum.size());
   const Pass pass{a,       rows,    parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
                   nullptr, nullptr, sum.data(),             square.data()};

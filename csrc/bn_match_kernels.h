@@ -6,6 +6,7 @@
 // parameter; in a channels_last tensor it is some rows, with parameters that repeat every `period` elements.
 
 constexpr int64_t kChunk = 64;  // elements whose act' bits are packed together
+constexpr int64_t kPart = 512;  // elements summed in float32 before double takes over
 
 inline float load(const float* p) { return *p; }
 
@@ -90,12 +91,14 @@ inline void unpack_bits(const uint8_t* mask, uint8_t* flags, int64_t count) {
 // One plane forward: y, and the sums of d = x - mean and d*d. With a residual, mask gets the bits of act'.
 template <typename Scalar, Activation kind, bool with_residual>
 inline void forward_plane(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* mask, int64_t count, float mean,
-                          float scale, float bias, float* sum, float* square) {
+                          float scale, float bias, double* sum, double* square) {
   constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
-  float s = 0.0f, q = 0.0f;
-  for (int64_t begin = 0; begin < count; begin += packs ? kChunk : count) {
-    const int64_t end = packs && begin + kChunk < count ? begin + kChunk : count;
-    uint8_t flags[kChunk] = {};
+  constexpr int64_t part = packs ? kChunk : kPart;
+  double total = 0.0, total_square = 0.0;
+  for (int64_t begin = 0; begin < count; begin += part) {
+    const int64_t end = begin + part < count ? begin + part : count;
+    uint8_t flags[packs ? kChunk : 1] = {};
+    float s = 0.0f, q = 0.0f;
 #pragma omp simd reduction(+ : s, q)
     for (int64_t i = begin; i < end; ++i) {
       const float d = load(x + i) - mean;
@@ -108,9 +111,11 @@ inline void forward_plane(const Scalar* x, const Scalar* residual, Scalar* y, ui
     }
     if (packs && mask)
       pack_bits(flags, mask + begin / 8, end - begin);
+    total += s;
+    total_square += q;
   }
-  *sum = s;
-  *square = q;
+  *sum = total;
+  *square = total_square;
 }
 
 // One plane backward: grad_x = act'(z) * grad_y * scale + a + b * d, and with a residual its gradient act'(z) * grad_y.
@@ -141,47 +146,87 @@ inline void backward_plane(const Scalar* x, const Scalar* residual, const Scalar
   }
 }
 
-// Rows of a channels_last tensor forward; parameters and sums have `period` entries, count is a multiple of channels.
+// One element of a row forward, for parameters that the caller holds.
+template <typename Scalar, Activation kind, bool with_residual>
+inline void forward_element(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* flags, int64_t i, float mean,
+                            float scale, float bias, float* sum, float* square) {
+  constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
+  const float d = load(x + i) - mean;
+  *sum += d;
+  *square += d * d;
+  float z = d * scale + bias;
+  if (with_residual) z += load(residual + i);
+  if (packs) flags[i] = derivative<kind>(z) != 0.0f;
+  store(activate<kind>(z), y + i);
+}
+
+template <typename Scalar, Activation kind, bool with_residual>
+inline void backward_element(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* flags,
+                             Scalar* grad_x, Scalar* grad_residual, int64_t i, float mean, float scale, float bias,
+                             float a, float b) {
+  constexpr bool packed = with_residual && (kind == Activation::relu || kind == Activation::relu6);
+  const float d = load(x + i) - mean;
+  float g = load(grad_y + i);
+  if (packed) {
+    g = flags[i] ? g : 0.0f;
+  } else if (kind != Activation::none) {
+    float z = d * scale + bias;
+    if (with_residual) z += load(residual + i);
+    g *= derivative<kind>(z);
+  }
+  if (with_residual) store(g, grad_residual + i);
+  store(g * scale + (a + b * d), grad_x + i);
+}
+
+// Rows that lie side by side, forward; parameters and sums have `width` entries, and count may end within a row. Four
+// rows go together, so that parameters and sums are touched once for four elements.
 template <typename Scalar, Activation kind, bool with_residual>
 inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* flags, int64_t count,
-                         int64_t period, const float* mean, const float* scale, const float* bias, float* sum,
+                         int64_t width, const float* mean, const float* scale, const float* bias, float* sum,
                          float* square) {
-  constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
-  for (int64_t begin = 0; begin < count; begin += period) {
-    const int64_t width = begin + period < count ? period : count - begin;
+  int64_t begin = 0;
+  for (; begin + 4 * width <= count; begin += 4 * width) {
 #pragma omp simd
     for (int64_t c = 0; c < width; ++c) {
-      const float d = load(x + begin + c) - mean[c];
-      sum[c] += d;
-      square[c] += d * d;
-      float z = d * scale[c] + bias[c];
-      if (with_residual) z += load(residual + begin + c);
-      if (packs) flags[begin + c] = derivative<kind>(z) != 0.0f;
-      store(activate<kind>(z), y + begin + c);
+      const float m = mean[c], k = scale[c], o = bias[c];
+      float s = 0.0f, q = 0.0f;
+      const int64_t i = begin + c;
+      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, i, m, k, o, &s, &q);
+      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, i + width, m, k, o, &s, &q);
+      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, i + 2 * width, m, k, o, &s, &q);
+      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, i + 3 * width, m, k, o, &s, &q);
+      sum[c] += s;
+      square[c] += q;
     }
+  }
+  for (; begin < count; begin += width) {
+    const int64_t left = begin + width < count ? width : count - begin;
+#pragma omp simd
+    for (int64_t c = 0; c < left; ++c)
+      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, begin + c, mean[c], scale[c], bias[c],
+                                                   sum + c, square + c);
   }
 }
 
 template <typename Scalar, Activation kind, bool with_residual>
 inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* flags,
-                          Scalar* grad_x, Scalar* grad_residual, int64_t count, int64_t period, const float* mean,
+                          Scalar* grad_x, Scalar* grad_residual, int64_t count, int64_t width, const float* mean,
                           const float* scale, const float* bias, const float* a, const float* b) {
-  constexpr bool packed = with_residual && (kind == Activation::relu || kind == Activation::relu6);
-  for (int64_t begin = 0; begin < count; begin += period) {
-    const int64_t width = begin + period < count ? period : count - begin;
+  int64_t begin = 0;
+  for (; begin + 4 * width <= count; begin += 4 * width) {
 #pragma omp simd
     for (int64_t c = 0; c < width; ++c) {
-      const float d = load(x + begin + c) - mean[c];
-      float g = load(grad_y + begin + c);
-      if (packed) {
-        g = flags[begin + c] ? g : 0.0f;
-      } else if (kind != Activation::none) {
-        float z = d * scale[c] + bias[c];
-        if (with_residual) z += load(residual + begin + c);
-        g *= derivative<kind>(z);
-      }
-      if (with_residual) store(g, grad_residual + begin + c);
-      store(g * scale[c] + (a[c] + b[c] * d), grad_x + begin + c);
+      const float m = mean[c], k = scale[c], o = bias[c], level = a[c], slope = b[c];
+      for (int64_t row = 0; row < 4; ++row)
+        backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, grad_x, grad_residual,
+                                                      begin + row * width + c, m, k, o, level, slope);
     }
+  }
+  for (; begin < count; begin += width) {
+    const int64_t left = begin + width < count ? width : count - begin;
+#pragma omp simd
+    for (int64_t c = 0; c < left; ++c)
+      backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, grad_x, grad_residual, begin + c,
+                                                    mean[c], scale[c], bias[c], a[c], b[c]);
   }
 }

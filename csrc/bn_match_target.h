@@ -9,21 +9,10 @@ void forward_planes(const Pass& p, const Scratch&, int64_t begin, int64_t end) {
   const BnMatchArguments& a = p.arguments;
   for (int64_t plane = begin; plane < end; ++plane) {
     const int64_t c = plane % a.channels, at = plane * a.plane;
-    double sum = 0.0, square = 0.0;
-    for (int64_t first = 0; first < a.plane; first += kPlanePiece) {
-      const int64_t count = first + kPlanePiece < a.plane ? kPlanePiece : a.plane - first;
-      float s, q;
-      forward_plane<Scalar, kind, with_residual>(
-          static_cast<const Scalar*>(a.x) + at + first,
-          with_residual ? static_cast<const Scalar*>(a.residual) + at + first : nullptr,
-          static_cast<Scalar*>(a.y) + at + first,
-          a.mask ? a.mask + plane * ((a.plane + 7) / 8) + first / 8 : nullptr, count, p.mean[c], p.scale[c], p.bias[c],
-          &s, &q);
-      sum += s;
-      square += q;
-    }
-    p.sum[plane] = sum;
-    p.square[plane] = square;
+    forward_plane<Scalar, kind, with_residual>(
+        static_cast<const Scalar*>(a.x) + at, with_residual ? static_cast<const Scalar*>(a.residual) + at : nullptr,
+        static_cast<Scalar*>(a.y) + at, a.mask ? a.mask + plane * ((a.plane + 7) / 8) : nullptr, a.plane, p.mean[c],
+        p.scale[c], p.bias[c], p.sum + plane, p.square + plane);
   }
 }
 
@@ -44,25 +33,25 @@ void backward_planes(const Pass& p, const Scratch&, int64_t begin, int64_t end) 
 
 // Where a piece lies: element offsets from the start of the tensor, rows of `count` elements `pitch` apart.
 struct Place {
-  int64_t first_row, last_row, block, group;  // rows of the group, and which of the blocks side by side
+  int64_t first_row, last_row, block, lane;  // rows of the lane, and which of the blocks side by side
   int64_t parameters;                         // where the block's parameters begin
 };
 
 inline Place place_of(const Rows& r, int64_t piece) {
-  const int64_t block = piece % r.blocks, down = piece / r.blocks % r.per_group, group = piece / r.blocks / r.per_group;
+  const int64_t block = piece % r.blocks, down = piece / r.blocks % r.per_lane, lane = piece / r.blocks / r.per_lane;
   const int64_t first = down * r.rows;
-  const int64_t last = first + r.rows < r.group_rows ? first + r.rows : r.group_rows;
-  return {first, last, block, group, block * r.width};
+  const int64_t last = first + r.rows < r.lane_rows ? first + r.rows : r.lane_rows;
+  return {first, last, block, lane, block * r.width};
 }
 
-// Elements of the run of rows that begins at `row`: whole rows, but for the last of a group or a block.
+// Elements of the run of rows that begins at `row`: whole rows, but for the last of a lane or a block.
 inline int64_t run_elements(const Rows& r, const Place& place, int64_t row, int64_t rows) {
-  if (r.blocks > 1 || r.pitch != r.width) {  // one row at a time; the last block may be narrower
+  if (r.blocks > 1) {  // one row at a time; the last block may be narrower
     const int64_t left = r.pitch - place.block * r.width;
     return left < r.width ? left : r.width;
   }
   const int64_t end = (row + rows) * r.width;
-  return (end < r.group_elements ? end : r.group_elements) - row * r.width;
+  return (end < r.lane_elements ? end : r.lane_elements) - row * r.width;
 }
 
 template <typename Scalar, Activation kind, bool with_residual>
@@ -77,21 +66,16 @@ void forward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64_
     for (int64_t row = place.first_row; row < place.last_row; row += r.run) {
       const int64_t rows = row + r.run < place.last_row ? r.run : place.last_row - row;
       const int64_t count = run_elements(r, place, row, rows);
-      const int64_t at = place.group * r.group_elements + row * r.pitch + place.parameters;
+      const int64_t at = place.lane * r.lane_elements + row * r.pitch + place.parameters;
       forward_rows<Scalar, kind, with_residual>(
           static_cast<const Scalar*>(a.x) + at, with_residual ? static_cast<const Scalar*>(a.residual) + at : nullptr,
           static_cast<Scalar*>(a.y) + at, scratch.flags, count, r.width, p.mean + place.parameters,
           p.scale + place.parameters, p.bias + place.parameters, sum, square);
       if (packs && a.mask) pack_bits(scratch.flags, a.mask + mask_offset(a, at), count);
     }
-    double* piece_sum = p.sum + (place.group * r.per_group + place.first_row / r.rows) * a.channels;
-    double* piece_square = p.square + (piece_sum - p.sum);
-    const int64_t filled = r.parameters - place.parameters < r.width ? r.parameters - place.parameters : r.width;
-    for (int64_t i = 0; i < filled; ++i) {
-      const int64_t c = channel_of(a, place.parameters + i);
-      piece_sum[c] += sum[i];
-      piece_square[c] += square[i];
-    }
+    const int64_t slot = (place.lane * r.per_lane + place.first_row / r.rows) * a.channels;
+    gather(a, r, place.parameters, sum, p.sum + slot);
+    gather(a, r, place.parameters, square, p.square + slot);
   }
 }
 
@@ -102,13 +86,12 @@ void backward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64
   const Rows& r = p.rows;
   for (int64_t piece = begin; piece < end; ++piece) {
     const Place place = place_of(r, piece);
-    const int64_t lane = r.group_elements * place.group / (a.batch * a.plane * a.channels);
-    const float* coefficients_a = p.a + lane * r.parameters + place.parameters;
-    const float* coefficients_b = p.b + lane * r.parameters + place.parameters;
+    const float* coefficients_a = p.a + place.lane * r.parameters + place.parameters;
+    const float* coefficients_b = p.b + place.lane * r.parameters + place.parameters;
     for (int64_t row = place.first_row; row < place.last_row; row += r.run) {
       const int64_t rows = row + r.run < place.last_row ? r.run : place.last_row - row;
       const int64_t count = run_elements(r, place, row, rows);
-      const int64_t at = place.group * r.group_elements + row * r.pitch + place.parameters;
+      const int64_t at = place.lane * r.lane_elements + row * r.pitch + place.parameters;
       if (packed) unpack_bits(a.mask + mask_offset(a, at), scratch.flags, count);
       backward_rows<Scalar, kind, with_residual>(
           static_cast<const Scalar*>(a.x) + at,

@@ -64,7 +64,7 @@ void compose(const ComposeArguments& arguments, int threads);
 enum class Activation { none = 0, relu = 1, relu6 = 2, silu = 3 };
 
 // Contiguous planes up to this many elements are taken many at a time, and their images' mask bits lie together.
-constexpr int64_t kBnMatchSmallPlane = 128;
+constexpr int64_t kBnMatchSmallPlane = 32;
 
 // The arguments of infer_fast.ops.bn_match, forward and backward. Images of one lane lie side by side; a tensor is
 // either contiguous (plane = H*W elements per channel) or channels_last (rows of C elements).
@@ -78,7 +78,7 @@ struct BnMatchArguments {
   float* mean;     // (lanes, C): mean - running_mean, written by forward, read by backward
   float* var;      // (lanes, C): biased variance, likewise
   uint8_t* mask;   // one bit per element where act' is 1, written by forward with a residual and relu or
-                   // relu6; an image's bits (a plane's, if planes are large) begin at a byte of their own; or null
+                   // relu6; a lane's bits (channels_last), an image's, or a large plane's begin at a byte of their own
   void* y;         // forward: like x
   float* penalty;  // forward: (lanes,)
   const void* grad_y;           // backward: like x

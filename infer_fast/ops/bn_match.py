@@ -25,6 +25,7 @@ ACTIVATIONS = {
     "relu6": F.relu6,
     "silu": F.silu,
 }
+KINDS = {name: position for position, name in enumerate(ACTIVATIONS)}  # what kernels and native code call them
 
 
 def reference(
@@ -59,20 +60,14 @@ def reference(
     return ACTIVATIONS[activation](z).to(x.dtype), penalty
 
 
-@torch.library.custom_op(
-    "infer_fast::bn_match",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-    "float eps, str activation, int lanes, float r_var, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend):
+def _run_forward(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend):
     """(y, penalty (lanes,), mean - running_mean (lanes, C), biased var (lanes, C), mask uint8): native or triton."""
     parameters = (weight, bias, running_mean, running_var, eps)
-    outputs = _forward_outputs(x, residual, *parameters, activation, lanes, r_var, backend)
+    outputs = _empty_outputs(x, residual, *parameters, activation, lanes, r_var, backend)
     if backend == "triton":
         from infer_fast.kernels import bn_match as kernels
 
-        kernels.forward(x, residual, *parameters, list(ACTIVATIONS).index(activation), lanes, r_var, outputs)
+        kernels.forward(x, residual, *parameters, KINDS[activation], lanes, r_var, outputs)
         return outputs
     y, penalty, mean, var, mask = outputs
     pointers = (x, residual, weight, bias, running_mean, running_var, mean, var, mask, y, penalty, *[None] * 4)
@@ -80,22 +75,14 @@ def _forward(x, residual, weight, bias, running_mean, running_var, eps, activati
     return outputs
 
 
-@_forward.register_fake
-def _forward_outputs(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend):
+def _empty_outputs(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend):
     c = x.shape[1]
-    mask = _mask_bytes(x, backend) if residual is not None and activation in ("relu", "relu6") else 0
+    mask = _mask_bytes(x, lanes, backend) if residual is not None and activation in ("relu", "relu6") else 0
     statistics = [x.new_empty(s, dtype=torch.float32) for s in ((lanes,), (lanes, c), (lanes, c))]
     return torch.empty_like(x), *statistics, x.new_empty(mask, dtype=torch.uint8)
 
 
-@torch.library.custom_op(
-    "infer_fast::bn_match_backward",
-    mutates_args=(),
-    schema="(Tensor grad_y, Tensor grad_penalty, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor mask, float eps, str activation, "
-    "int lanes, float r_var, str backend, bool has_residual) -> (Tensor, Tensor)",
-)
-def _backward(
+def _run_backward(
     grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, mask, eps, activation, lanes,
     r_var, backend, has_residual,
 ):  # fmt: skip
@@ -107,7 +94,7 @@ def _backward(
     if backend == "triton":
         from infer_fast.kernels import bn_match as kernels
 
-        kind = list(ACTIVATIONS).index(activation)
+        kind = KINDS[activation]
         kernels.backward(grad_y, grad_penalty, *parameters, mask, eps, kind, lanes, r_var, outputs)
         return grad_x, grad_residual
     pointers = (*parameters, mask if mask.numel() else None, None, None, grad_y, grad_penalty, *outputs)
@@ -115,8 +102,7 @@ def _backward(
     return grad_x, grad_residual
 
 
-@_backward.register_fake
-def _(
+def _empty_gradients(
     grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, mask, eps, activation, lanes,
     r_var, backend, has_residual,
 ):  # fmt: skip
@@ -132,12 +118,47 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(mean, var, mask)
 
 
-def _autograd(ctx, grad_y, grad_penalty, *_):
+_forward = torch.library.custom_op(
+    "infer_fast::bn_match",
+    _run_forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    "float eps, str activation, int lanes, float r_var, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_forward.register_fake(_empty_outputs)
+
+_backward = torch.library.custom_op(
+    "infer_fast::bn_match_backward",
+    _run_backward,
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor grad_penalty, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor mask, float eps, str activation, "
+    "int lanes, float r_var, str backend, bool has_residual) -> (Tensor, Tensor)",
+)
+_backward.register_fake(_empty_gradients)
+
+
+def _operator_autograd(ctx, grad_y, grad_penalty, *_):
     grad_x, grad_residual = _backward(grad_y, grad_penalty, *ctx.saved_tensors, *ctx.rest)
     return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 9
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.register_autograd(_operator_autograd, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same node without the dispatcher: in eager mode its Python layers would cost more than a small layer does."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        outputs = _run_forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_penalty, *_):
+        grad_x, grad_residual = _run_backward(grad_y, grad_penalty, *ctx.saved_tensors, *ctx.rest)
+        return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 9
 
 
 def bn_match(
@@ -181,11 +202,17 @@ def bn_match(
     x = x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=_memory_format(x))
-    vectors = (
-        None if v is None else v.detach().float().contiguous() for v in (weight, bias, running_mean, running_var)
-    )
-    y, penalty, *_ = _forward(x, residual, *vectors, eps, activation, lanes, r_var, chosen)
+    vectors = [_float32(v) for v in (weight, bias, running_mean, running_var)]
+    eager = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    apply = _Eager.apply if eager else _forward
+    y, penalty, *_ = apply(x, residual, *vectors, eps, activation, lanes, r_var, chosen)
     return y, penalty
+
+
+def _float32(vector: torch.Tensor | None) -> torch.Tensor | None:
+    if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous() and not vector.requires_grad):
+        return vector
+    return vector.detach().float().contiguous()
 
 
 def _native_arguments(pointers, x, eps, r_var, lanes, activation) -> tuple:
@@ -201,7 +228,7 @@ def _native_arguments(pointers, x, eps, r_var, lanes, activation) -> tuple:
         h * w,
         x.dtype == torch.bfloat16,
         _is_channels_last(x),
-        list(ACTIVATIONS).index(activation),
+        KINDS[activation],
         torch.get_num_threads(),
     )
 
@@ -214,15 +241,16 @@ def _memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
-def _mask_bytes(x: torch.Tensor, backend: str) -> int:
-    """One bit per element. What begins at a byte of its own: a plane, or the pixels of channels_last (triton); a large
-    plane, or an image of small planes or of channels_last (native)."""
+def _mask_bytes(x: torch.Tensor, lanes: int, backend: str) -> int:
+    """One bit per element. What begins at a byte of its own: a plane, or a channels_last pixel (triton); a large plane,
+    an image of small planes, or a channels_last lane (native)."""
     b, c, h, w = x.shape
     channels_last = _is_channels_last(x)
     if backend == "triton":
         return b * h * w * -(-c // 8) if channels_last else b * c * -(-h * w // 8)
-    by_image = channels_last or h * w <= native().BN_MATCH_SMALL_PLANE
-    return b * -(-c * h * w // 8) if by_image else b * c * -(-h * w // 8)
+    if channels_last:
+        return lanes * -(-(b // lanes) * c * h * w // 8)
+    return b * -(-c * h * w // 8) if h * w <= native().BN_MATCH_SMALL_PLANE else b * c * -(-h * w // 8)
 
 
 def _check(x, running_mean, running_var, residual, activation: str, lanes: int) -> None:
