@@ -43,7 +43,7 @@ def batch_norm_relu(norm: nn.BatchNorm2d, x: torch.Tensor) -> tuple[torch.Tensor
 def solve(teacher: nn.Module, base: torch.Tensor, settings, shift: torch.Tensor) -> torch.Tensor:
     """One INFER task the published way: base (C, 3, H, W), shift int64 (T, 2) -> compensator (3, H, W).
 
-    The published scripts leave requires_grad on for the weights; the teacher is copied so that the caller's is not touched.
+    The published scripts leave requires_grad on for the weights, and so does this; the caller's teacher is copied.
     """
     teacher = copy.deepcopy(teacher).eval()
     hooks = [StatisticsHook(m) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -146,9 +146,17 @@ FASHION_MNIST = Recipe(
     arch_name=CONVNET_TEACHERS,
     ipc=10,
     squeeze=SqueezeSettings(epochs=4, batch_size=128, lr=0.05, padding=2, precision="bfloat16"),
-    synthesis=SynthesisSettings(iterations=300, lr=0.05, jitter=2),
+    synthesis=SynthesisSettings(iterations=200, lr=0.1, jitter=2),
     compare="all",
-    student=StudentSettings(networks=("convnet",), epochs=250, temperature=4.0, padding=2, precision="bfloat16"),
+    student=StudentSettings(
+        networks=("convnet",),
+        epochs=200,
+        lr=3e-3,
+        temperature=4.0,
+        mix_type="none",
+        padding=2,
+        precision="bfloat16",
+    ),
 )
 
 
