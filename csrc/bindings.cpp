@@ -1,9 +1,14 @@
-// infer_fast._native: checks every argument, releases the GIL, and calls the op. Pointers come as Python integers.
+// infer_fast._native: checks every argument, releases the GIL, and calls the op.
+//
+// A tensor comes as (address, bytes), an absent one as (0, 0): no torch headers, and no read or write beyond what the
+// caller says is there.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "ops.h"
 
@@ -13,14 +18,36 @@ namespace {
 
 using infer_fast::BnMatchArguments;
 using infer_fast::ComposeArguments;
-
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using Buffer = std::pair<std::uintptr_t, int64_t>;
 
 void require(bool condition, const std::string& sentence) {
   if (!condition) throw std::invalid_argument(sentence);
+}
+
+// The product of sizes; an error if one is negative or the product does not fit.
+int64_t product(const char* what, std::initializer_list<int64_t> sizes) {
+  int64_t total = 1;
+  for (int64_t size : sizes) {
+    require(size >= 0, std::string(what) + ": a size is negative");
+    require(size == 0 || total <= std::numeric_limits<int64_t>::max() / 16 / size,
+            std::string(what) + ": the sizes are too large");
+    total *= size;
+  }
+  return total;
+}
+
+// The buffer as a pointer to `count` elements of `size` bytes; it must be there and have just these bytes.
+template <typename T>
+T* needed(const char* name, const Buffer& buffer, int64_t count, int64_t size = sizeof(T)) {
+  require(count == 0 || buffer.first != 0, std::string(name) + " must not be null");
+  require(buffer.second == count * size, std::string(name) + " has " + std::to_string(buffer.second) +
+                                             " bytes, expected " + std::to_string(count * size));
+  return reinterpret_cast<T*>(buffer.first);
+}
+
+template <typename T>
+T* optional(const char* name, const Buffer& buffer, int64_t count, int64_t size = sizeof(T)) {
+  return buffer.first == 0 && buffer.second == 0 ? nullptr : needed<T>(name, buffer, count, size);
 }
 
 void check_index(const char* name, const int64_t* index, int64_t count, int64_t low, int64_t high) {
@@ -30,125 +57,124 @@ void check_index(const char* name, const int64_t* index, int64_t count, int64_t 
                 std::to_string(low) + ".." + std::to_string(high - 1));
 }
 
-void compose(std::uintptr_t base, std::uintptr_t base_index, std::uintptr_t compensators, std::uintptr_t scale,
-             std::uintptr_t offset, std::uintptr_t compensator_index, std::uintptr_t shift, std::uintptr_t flip,
-             std::uintptr_t lam, std::uintptr_t partner, std::uintptr_t out, bool out_is_bfloat16, int64_t batch,
-             int64_t base_count, int64_t compensator_count, int64_t height, int64_t width, std::array<float, 3> mean,
+// base, base_index, compensators, scale, offset, compensator_index, shift, flip, lam, partner, out.
+void compose(const std::array<Buffer, 11>& b, bool out_is_bfloat16, int64_t batch, int64_t base_count,
+             int64_t compensator_count, int64_t height, int64_t width, std::array<float, 3> mean,
              std::array<float, 3> std, int threads) {
-  require(batch >= 0 && base_count >= 0 && compensator_count >= 0 && height >= 0 && width >= 0,
-          "compose: a size is negative");
   require(threads >= 1, "compose: threads must be at least 1");
-  if (batch == 0 || height == 0 || width == 0) return;
-  require(base && base_index && out, "compose: base, base_index and out must not be null");
-  require(!compensators || (scale && offset && compensator_index),
-          "compose: compensators need scale, offset and compensator_index");
-  require((lam == 0) == (partner == 0), "compose: lam and partner go together");
-
-  const ComposeArguments arguments{pointer<const uint8_t>(base),
-                                   pointer<const int64_t>(base_index),
-                                   pointer<const uint8_t>(compensators),
-                                   pointer<const float>(scale),
-                                   pointer<const float>(offset),
-                                   pointer<const int64_t>(compensator_index),
-                                   pointer<const int64_t>(shift),
-                                   pointer<const bool>(flip),
-                                   pointer<const float>(lam),
-                                   pointer<const int64_t>(partner),
-                                   pointer<void>(out),
-                                   out_is_bfloat16,
-                                   batch,
-                                   base_count,
-                                   compensator_count,
-                                   height,
-                                   width,
-                                   mean,
-                                   std};
-  check_index("compose: base_index", arguments.base_index, batch, 0, base_count);
-  if (compensators) check_index("compose: compensator_index", arguments.compensator_index, batch, -1, compensator_count);
-  if (partner) check_index("compose: partner", arguments.partner, batch, 0, batch);
+  const int64_t image = product("compose", {3, height, width});
+  ComposeArguments a{};
+  a.base = needed<const uint8_t>("compose: base", b[0], product("compose", {base_count, image}));
+  a.base_index = needed<const int64_t>("compose: base_index", b[1], product("compose", {batch}));
+  a.compensators =
+      optional<const uint8_t>("compose: compensators", b[2], product("compose", {compensator_count, image}));
+  if (a.compensators) {
+    const int64_t channels = product("compose", {compensator_count, 3});
+    a.scale = needed<const float>("compose: scale", b[3], channels);
+    a.offset = needed<const float>("compose: offset", b[4], channels);
+    a.compensator_index = needed<const int64_t>("compose: compensator_index", b[5], batch);
+  }
+  a.shift = optional<const int64_t>("compose: shift", b[6], product("compose", {batch, 2}));
+  a.flip = optional<const bool>("compose: flip", b[7], batch);
+  a.lam = optional<const float>("compose: lam", b[8], batch);
+  a.partner = optional<const int64_t>("compose: partner", b[9], batch);
+  require((a.lam == nullptr) == (a.partner == nullptr), "compose: lam and partner go together");
+  a.out = needed<void>("compose: out", b[10], product("compose", {batch, image}), out_is_bfloat16 ? 2 : 4);
+  a.out_is_bfloat16 = out_is_bfloat16;
+  a.batch = batch;
+  a.base_count = base_count;
+  a.compensator_count = compensator_count;
+  a.height = height;
+  a.width = width;
+  a.mean = mean;
+  a.std = std;
+  check_index("compose: base_index", a.base_index, batch, 0, base_count);
+  if (a.compensators) check_index("compose: compensator_index", a.compensator_index, batch, -1, compensator_count);
+  if (a.partner) check_index("compose: partner", a.partner, batch, 0, batch);
+  if (batch == 0 || image == 0) return;
   py::gil_scoped_release release;
-  infer_fast::compose(arguments, threads);
+  infer_fast::compose(a, threads);
 }
 
-// x, residual, weight, bias, running_mean, running_var, mean, var, mask, y, penalty, grad_y, grad_penalty, grad_x,
-// grad_residual, in this order; 0 where an argument is not given.
-using BnMatchPointers = std::array<std::uintptr_t, 15>;
-
-BnMatchArguments bn_match_arguments(const BnMatchPointers& p, double eps, double r_var, int64_t lanes, int64_t batch,
-                                    int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last,
-                                    int activation, int threads) {
+// x, residual, weight, bias, running_mean, running_var, mean, var, mask, then forward: y, penalty;
+// backward: grad_y, grad_penalty, grad_x, grad_residual.
+template <size_t count>
+BnMatchArguments bn_match_arguments(const std::array<Buffer, count>& b, double eps, double r_var, int64_t lanes,
+                                    int64_t batch, int64_t channels, int64_t plane, bool is_bfloat16,
+                                    bool channels_last, int activation, int threads) {
   require(lanes >= 1, "bn_match: lanes must be at least 1");
-  require(batch >= 0 && channels >= 0 && plane >= 0, "bn_match: a size is negative");
   require(activation >= 0 && activation <= 3, "bn_match: activation must be 0..3");
   require(threads >= 1, "bn_match: threads must be at least 1");
-  return {pointer<const void>(p[0]),
-          pointer<const void>(p[1]),
-          pointer<const float>(p[2]),
-          pointer<const float>(p[3]),
-          pointer<const float>(p[4]),
-          pointer<const float>(p[5]),
-          pointer<float>(p[6]),
-          pointer<float>(p[7]),
-          pointer<uint8_t>(p[8]),
-          pointer<void>(p[9]),
-          pointer<float>(p[10]),
-          pointer<const void>(p[11]),
-          pointer<const float>(p[12]),
-          pointer<void>(p[13]),
-          pointer<void>(p[14]),
-          eps,
-          r_var,
-          lanes,
-          batch,
-          channels,
-          plane,
-          is_bfloat16,
-          channels_last,
-          static_cast<infer_fast::Activation>(activation)};
+  const int64_t elements = product("bn_match", {lanes, batch, channels, plane});
+  require(elements > 0, "bn_match: x is empty");
+  const int64_t size = is_bfloat16 ? 2 : 4, statistics = lanes * channels;
+  BnMatchArguments a{};
+  a.lanes = lanes;
+  a.batch = batch;
+  a.channels = channels;
+  a.plane = plane;
+  a.is_bfloat16 = is_bfloat16;
+  a.channels_last = channels_last;
+  a.activation = static_cast<infer_fast::Activation>(activation);
+  a.eps = eps;
+  a.r_var = r_var;
+  a.x = needed<const void>("bn_match: x", b[0], elements, size);
+  a.residual = optional<const void>("bn_match: residual", b[1], elements, size);
+  a.weight = optional<const float>("bn_match: weight", b[2], channels);
+  a.bias = optional<const float>("bn_match: bias", b[3], channels);
+  a.running_mean = needed<const float>("bn_match: running_mean", b[4], channels);
+  a.running_var = needed<const float>("bn_match: running_var", b[5], channels);
+  a.mean = needed<float>("bn_match: mean", b[6], statistics);
+  a.var = needed<float>("bn_match: var", b[7], statistics);
+  a.mask = optional<uint8_t>("bn_match: mask", b[8], infer_fast::bn_match_mask_bytes(a));
+  return a;
 }
 
-bool is_empty(const BnMatchArguments& a) { return a.batch == 0 || a.channels == 0 || a.plane == 0; }
+bool gates(const BnMatchArguments& a) {
+  return a.activation == infer_fast::Activation::relu || a.activation == infer_fast::Activation::relu6;
+}
 
-void bn_match_forward(const BnMatchPointers& pointers, double eps, double r_var, int64_t lanes, int64_t batch,
+void bn_match_forward(const std::array<Buffer, 11>& b, double eps, double r_var, int64_t lanes, int64_t batch,
                       int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last, int activation,
                       int threads) {
-  const auto a = bn_match_arguments(pointers, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last,
-                                    activation, threads);
-  require(!is_empty(a), "bn_match: x is empty");
-  require(a.x && a.running_mean && a.running_var && a.mean && a.var && a.y && a.penalty,
-          "bn_match: x, the running and batch statistics, y and penalty must not be null");
+  auto a = bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation,
+                              threads);
+  a.y = needed<void>("bn_match: y", b[9], lanes * batch * channels * plane, is_bfloat16 ? 2 : 4);
+  a.penalty = needed<float>("bn_match: penalty", b[10], lanes);
   py::gil_scoped_release release;
   infer_fast::bn_match_forward(a, threads);
 }
 
-void bn_match_backward(const BnMatchPointers& pointers, double eps, double r_var, int64_t lanes, int64_t batch,
+void bn_match_backward(const std::array<Buffer, 13>& b, double eps, double r_var, int64_t lanes, int64_t batch,
                        int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last, int activation,
                        int threads) {
-  const auto a = bn_match_arguments(pointers, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last,
-                                    activation, threads);
-  require(!is_empty(a), "bn_match: x is empty");
-  require(a.x && a.running_mean && a.running_var && a.mean && a.var && a.grad_y && a.grad_penalty && a.grad_x,
-          "bn_match: x, the running and batch statistics and the gradients must not be null");
-  const bool gates = a.activation == infer_fast::Activation::relu || a.activation == infer_fast::Activation::relu6;
-  require(!a.grad_residual || !gates || a.mask, "bn_match: a residual's backward with relu or relu6 needs the mask");
+  auto a = bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation,
+                              threads);
+  const int64_t elements = lanes * batch * channels * plane, size = is_bfloat16 ? 2 : 4;
+  a.grad_y = needed<const void>("bn_match: grad_y", b[9], elements, size);
+  a.grad_penalty = needed<const float>("bn_match: grad_penalty", b[10], lanes);
+  a.grad_x = needed<void>("bn_match: grad_x", b[11], elements, size);
+  a.grad_residual = optional<void>("bn_match: grad_residual", b[12], elements, size);
+  require(!a.grad_residual || !gates(a) || a.mask, "bn_match: a residual's backward with relu or relu6 needs the mask");
   require(!a.grad_residual || a.activation != infer_fast::Activation::silu || a.residual,
           "bn_match: a residual's backward with silu needs the residual");
+  require(!a.residual || a.grad_residual, "bn_match: a residual needs room for its gradient");
   py::gil_scoped_release release;
   infer_fast::bn_match_backward(a, threads);
 }
 
-void perturb(const std::vector<std::uintptr_t>& params, const std::vector<std::uintptr_t>& grads,
-             const std::vector<int64_t>& sizes, double rho, int threads) {
-  require(params.size() == grads.size() && params.size() == sizes.size(),
-          "perturb: params, grads and sizes must have one length");
+void perturb(const std::vector<Buffer>& params, const std::vector<Buffer>& grads, double rho, int threads) {
+  require(params.size() == grads.size(), "perturb: params and grads must have one length");
   require(threads >= 1, "perturb: threads must be at least 1");
   std::vector<float*> p;
   std::vector<const float*> g;
+  std::vector<int64_t> sizes;
   for (size_t i = 0; i < params.size(); ++i) {
-    require(sizes[i] >= 0, "perturb: a size is negative");
-    require(sizes[i] == 0 || (params[i] && grads[i]), "perturb: a tensor must not be null");
-    p.push_back(pointer<float>(params[i]));
-    g.push_back(pointer<const float>(grads[i]));
+    const int64_t count = params[i].second / 4;
+    require(count >= 0, "perturb: a size is negative");
+    p.push_back(needed<float>("perturb: a parameter", params[i], count));
+    g.push_back(needed<const float>("perturb: a gradient", grads[i], count));
+    sizes.push_back(count);
   }
   py::gil_scoped_release release;
   infer_fast::perturb(p, g, sizes, rho, threads);
@@ -157,10 +183,12 @@ void perturb(const std::vector<std::uintptr_t>& params, const std::vector<std::u
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The CPU backend of infer_fast.ops: raw pointers in, no torch headers.";
+  module.doc() = "The CPU backend of infer_fast.ops: (address, bytes) pairs in, no torch headers.";
   module.def("compose", &compose, "See infer_fast.ops.compose.");
   module.def("bn_match_forward", &bn_match_forward, "See infer_fast.ops.bn_match.");
   module.def("bn_match_backward", &bn_match_backward, "See infer_fast.ops.bn_match.");
   module.attr("BN_MATCH_SMALL_PLANE") = infer_fast::kBnMatchSmallPlane;
+  module.def("limit_instruction_set", &infer_fast::limit_instruction_set,
+             "0: portable code, 1: at most AVX2, 2: at most AVX-512. Returns what is in use. For tests.");
   module.def("perturb", &perturb, "See infer_fast.ops.perturb_.");
 }

@@ -3,6 +3,7 @@
 // Work is split into pieces that don't depend on the number of threads, and their sums are added in a fixed order, so
 // the result is the same for any number of threads.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -137,13 +138,25 @@ struct Variant {
 #pragma GCC pop_options
 #endif
 
+std::atomic<int> instruction_limit{2};
+
+// 0: portable code, 1: AVX2, 2: AVX-512.
+int instruction_set() {
+#ifdef INFER_FAST_X86
+  static const int best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+                              ? 2
+                              : (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0);
+  return std::min(best, instruction_limit.load());
+#else
+  return 0;
+#endif
+}
+
 template <typename Scalar>
 Variant choose(Activation kind, bool with_residual) {
 #ifdef INFER_FAST_X86
-  static const int level = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                                   __builtin_cpu_supports("avx512vl")
-                               ? 2
-                               : (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0);
+  const int level = instruction_set();
   if (level == 2) return avx512::variant<Scalar>(kind, with_residual);
   if (level == 1) return avx2::variant<Scalar>(kind, with_residual);
 #endif
@@ -249,6 +262,17 @@ void run(const BnMatchArguments& a, const Pass& pass, Work planes, Work pieces, 
 }
 
 }  // namespace
+
+int limit_instruction_set(int limit) {
+  instruction_limit = std::max(0, limit);
+  return instruction_set();
+}
+
+int64_t bn_match_mask_bytes(const BnMatchArguments& a) {
+  const int64_t image = a.channels * a.plane;
+  if (a.channels_last) return a.lanes * up(a.batch * image, 8);
+  return a.lanes * a.batch * (by_rows(a) ? up(image, 8) : a.channels * up(a.plane, 8));
+}
 
 void bn_match_forward(const BnMatchArguments& a, int threads) {
   const Rows rows = rows_of(a);

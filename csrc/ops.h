@@ -91,6 +91,12 @@ struct BnMatchArguments {
   Activation activation;
 };
 
+// Bytes of the mask.
+int64_t bn_match_mask_bytes(const BnMatchArguments& arguments);
+
+// Lets bn_match use no newer instructions than 0: portable code, 1: AVX2, 2: AVX-512; returns what it then uses.
+int limit_instruction_set(int limit);
+
 void bn_match_forward(const BnMatchArguments& arguments, int threads);
 void bn_match_backward(const BnMatchArguments& arguments, int threads);
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import tyro
 
-from infer_fast.errors import DiskError, InferFastError, NotEnoughMemoryError
+from infer_fast.errors import InferFastError
 from infer_fast.recipes import RECIPES, Recipe
 
 Options = TypeVar("Options")
@@ -62,9 +62,9 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, InferFastError):
         return str(error)
     if out_of_memory(error):
-        return str(NotEnoughMemoryError("Not enough memory: lower --lanes or the batch sizes, or use smaller images."))
+        return "Not enough memory: lower --lanes or the batch sizes, or use smaller images."
     if isinstance(error, OSError):
-        return str(DiskError(f"{error.strerror or error} ({error.filename or 'no file'})."))
+        return f"{error.strerror or error} ({error.filename or 'no file'})."
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"Unexpected {type(error).__name__}: {first} (run again with --debug for the traceback)."
 

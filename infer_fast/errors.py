@@ -5,9 +5,5 @@ class InferFastError(Exception):
     """Something the user can put right. Its text is one sentence: what was given, what was expected, what to do."""
 
 
-class NotEnoughMemoryError(InferFastError):
-    """The device or the machine ran out of memory."""
-
-
 class DiskError(InferFastError):
     """A file could not be written; nothing that was there before is lost."""

@@ -7,7 +7,7 @@ and the weights of the loss. Sources: INFER (arXiv 2408.06927), DWA (arXiv 2409.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -193,5 +193,4 @@ __all__ = [
     "StudentSettings",
     "SynthesisSettings",
     "base_images_per_class",
-    "replace",
 ]

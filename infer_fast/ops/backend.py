@@ -37,6 +37,11 @@ def native() -> ModuleType | None:
     return _native
 
 
+def buffer(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """(address, bytes) of a contiguous CPU tensor, (0, 0) for None: what the native backend takes."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes)
+
+
 def choose(op: str, tensor: torch.Tensor, backend: str | None, dtypes: Mapping[str, tuple[torch.dtype, ...]]) -> str:
     """The backend that serves `op` on `tensor`.
 

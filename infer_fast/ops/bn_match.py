@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops.backend import choose, native
+from infer_fast.ops.backend import buffer, choose, native
 
 DTYPES = {
     "native": (torch.float32, torch.bfloat16),
@@ -70,8 +70,8 @@ def _run_forward(x, residual, weight, bias, running_mean, running_var, eps, acti
         kernels.forward(x, residual, *parameters, KINDS[activation], lanes, r_var, outputs)
         return outputs
     y, penalty, mean, var, mask = outputs
-    pointers = (x, residual, weight, bias, running_mean, running_var, mean, var, mask, y, penalty, *[None] * 4)
-    native().bn_match_forward(*_native_arguments(pointers, x, eps, r_var, lanes, activation))
+    tensors = (x, residual, weight, bias, running_mean, running_var, mean, var, _mask_or_none(mask), y, penalty)
+    native().bn_match_forward(*_native_arguments(tensors, x, eps, r_var, lanes, activation))
     return outputs
 
 
@@ -97,8 +97,8 @@ def _run_backward(
         kind = KINDS[activation]
         kernels.backward(grad_y, grad_penalty, *parameters, mask, eps, kind, lanes, r_var, outputs)
         return grad_x, grad_residual
-    pointers = (*parameters, mask if mask.numel() else None, None, None, grad_y, grad_penalty, *outputs)
-    native().bn_match_backward(*_native_arguments(pointers, x, eps, r_var, lanes, activation))
+    tensors = (*parameters, _mask_or_none(mask), grad_y, grad_penalty, *outputs)
+    native().bn_match_backward(*_native_arguments(tensors, x, eps, r_var, lanes, activation))
     return grad_x, grad_residual
 
 
@@ -215,11 +215,15 @@ def _float32(vector: torch.Tensor | None) -> torch.Tensor | None:
     return vector.detach().float().contiguous()
 
 
-def _native_arguments(pointers, x, eps, r_var, lanes, activation) -> tuple:
-    """What the native functions take: addresses (0 for None), then numbers."""
+def _mask_or_none(mask: torch.Tensor) -> torch.Tensor | None:
+    return mask if mask.numel() else None
+
+
+def _native_arguments(tensors, x, eps, r_var, lanes, activation) -> tuple:
+    """What the native functions take: buffers, then numbers."""
     b, c, h, w = x.shape
     return (
-        [0 if t is None else t.data_ptr() for t in pointers],
+        [buffer(t) for t in tensors],
         eps,
         r_var,
         lanes,

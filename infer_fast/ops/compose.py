@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops.backend import choose, native
+from infer_fast.ops.backend import buffer, choose, native
 
 DTYPES = {
     "native": (torch.float32, torch.bfloat16),
@@ -178,8 +178,7 @@ def _compose(
             kernels.compose(*held[:2], compensators, *held[5:], statistics, out)
         return out
     native().compose(
-        *(0 if t is None else t.data_ptr() for t in held),
-        out.data_ptr(),
+        [*(buffer(t) for t in held), buffer(out)],
         dtype == torch.bfloat16,
         len(base_index),
         len(base),

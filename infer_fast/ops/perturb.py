@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops.backend import choose, native
+from infer_fast.ops.backend import buffer, choose, native
 
 TINY = 1e-12
 DTYPES = {"native": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16)}
@@ -39,9 +39,8 @@ def _perturb(params, grads, rho, backend):
         kernels.perturb(params, grads, rho)
         return
     native().perturb(
-        [p.data_ptr() for p in params],
-        [g.data_ptr() for g in grads],
-        [p.numel() for p in params],
+        [buffer(p) for p in params],
+        [buffer(g) for g in grads],
         rho,
         torch.get_num_threads(),
     )

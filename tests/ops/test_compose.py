@@ -113,6 +113,6 @@ def test_indices_out_of_range_are_errors(generator):
 @pytest.mark.skipif(native() is None, reason="no compiler")
 def test_native_module_checks_for_itself():
     with pytest.raises(ValueError, match="null"):
-        native().compose(*[0] * 11, False, 1, 1, 0, 4, 4, MEAN, STD, 1)
+        native().compose([(0, 0)] * 11, False, 1, 1, 0, 4, 4, MEAN, STD, 1)
     with pytest.raises(ValueError, match="threads"):
-        native().compose(*[0] * 11, False, 0, 0, 0, 0, 0, MEAN, STD, 0)
+        native().compose([(0, 0)] * 11, False, 0, 0, 0, 0, 0, MEAN, STD, 0)

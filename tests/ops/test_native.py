@@ -1,0 +1,130 @@
+"""The native module: wrong arguments end in exceptions, every instruction set gives the same answer."""
+
+import random
+
+import pytest
+import torch
+
+from infer_fast.errors import InferFastError
+from infer_fast.ops import Quantised, bn_match, compose, perturb_
+from infer_fast.ops.backend import buffer, native
+
+from ..conftest import SEED
+
+pytestmark = pytest.mark.skipif(native() is None, reason="no compiler")
+CALLS = 10_000
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (4, 16, 9, 8), (4, 70, 1, 3)])
+def test_every_instruction_set_gives_the_same_answer(generator, layout, shape):
+    c = shape[1]
+    vectors = [torch.randn(c, generator=generator) for _ in range(3)] + [torch.rand(c, generator=generator) + 0.1]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+        for activation in ("none", "relu", "relu6", "silu"):
+            for residual in (None, torch.randn_like(x)):
+                results = []
+                for limit in (0, 1, 2):
+                    native().limit_instruction_set(limit)
+                    own = x.clone(memory_format=torch.preserve_format).requires_grad_()
+                    y, penalty = bn_match(
+                        own, *vectors, 1e-5, residual=residual, activation=activation, lanes=2, backend="native"
+                    )
+                    (grad,) = torch.autograd.grad(y.float().square().sum() + penalty.sum(), own)
+                    results.append([t.detach().double() for t in (y, penalty, grad)])
+                for other in results[1:]:
+                    for a, b in zip(results[0], other, strict=True):
+                        assert (a - b).norm() <= tolerance * a.norm()
+
+
+def random_tensor(chooser):
+    """A tensor of any shape (sizes of 0 and 1 among them), dtype and layout."""
+    shape = [chooser.choice([0, 1, 1, 2, 3, 5, 8]) for _ in range(chooser.choice([1, 2, 3, 4, 4, 4, 4, 5]))]
+    dtype = chooser.choice(
+        [torch.float32] * 4 + [torch.bfloat16] * 2 + [torch.float64, torch.int64, torch.uint8, torch.bool]
+    )
+    tensor = (torch.rand(shape) * 3).to(dtype)
+    if len(shape) > 1 and chooser.random() < 0.3:
+        tensor = tensor.transpose(-1, -2)
+    if shape and shape[0] > 1 and chooser.random() < 0.2:
+        tensor = tensor[::2]
+    if len(shape) == 4 and chooser.random() < 0.3:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
+
+
+def call_bn_match(chooser):
+    x = random_tensor(chooser)
+    c = x.shape[1] if x.dim() > 1 and chooser.random() < 0.9 else chooser.choice([0, 1, 3])
+    vectors = [torch.rand(c).to(chooser.choice([torch.float32] * 3 + [torch.float64])) for _ in range(4)]
+    residual = chooser.choice([None, None, torch.rand(x.shape), random_tensor(chooser)])
+    lanes = chooser.choice([1, 1, 2, 3, 0, -1])
+    activation = chooser.choice(["none", "relu", "relu6", "silu", "tanh"])
+    wants = x.is_floating_point() and chooser.random() < 0.7
+    y, penalty = bn_match(
+        x.requires_grad_(wants), *vectors, 1e-5, residual=residual, activation=activation, lanes=lanes,
+        backend=chooser.choice([None, "native"]),
+    )  # fmt: skip
+    assert y.shape == x.shape and penalty.shape == (lanes,)
+    if wants and x.numel():
+        (grad,) = torch.autograd.grad(y.float().sum() + penalty.sum(), x)
+        assert grad.shape == x.shape
+
+
+def call_compose(chooser):
+    count, k, h, w = (chooser.choice([0, 1, 2, 5]) for _ in range(4))
+    base = torch.randint(0, 256, (count, chooser.choice([3, 3, 3, 1]), h, w), dtype=torch.uint8)
+    index = torch.randint(-1, 6, (chooser.choice([0, 1, 4]),))
+    b = len(index)
+    maybe = lambda value: value if chooser.random() < 0.5 else chooser.choice([None, None, random_tensor(chooser)])  # noqa: E731
+    parts = Quantised(torch.randint(0, 256, (k, 3, h, w), dtype=torch.uint8), torch.rand(k, 3), torch.rand(k, 3))
+    batch = compose(
+        base,
+        index,
+        chooser.choice([None, parts]),
+        maybe(torch.randint(-2, 5, (b,))),
+        shift=maybe(torch.randint(-9, 9, (b, 2))),
+        flip=maybe(torch.rand(b) < 0.5),
+        lam=maybe(torch.rand(b)),
+        partner=maybe(torch.randint(0, max(1, b), (b,))),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        backend=chooser.choice([None, "native"]),
+    )
+    assert batch.shape == (b, 3, h, w) and batch.isfinite().all()
+
+
+def call_perturb(chooser):
+    params = [random_tensor(chooser) for _ in range(chooser.choice([0, 1, 3]))]
+    grads = [torch.rand(p.shape) for p in params] if chooser.random() < 0.7 else [random_tensor(chooser)]
+    perturb_(params, grads, chooser.random(), backend=chooser.choice([None, "native"]))
+
+
+def call_directly(chooser):
+    """The compiled functions themselves, with buffers of any size and numbers of any value."""
+    number = lambda: chooser.choice([0, 1, 2, 3, 5, -1, 2**31, 2**62])  # noqa: E731
+    tensors = [random_tensor(chooser).float().contiguous() for _ in range(13)]
+    buffers = [buffer(chooser.choice([None, t, t])) for t in tensors]
+    rest = (1e-5, 1.0, number(), number(), number(), number(), chooser.random() < 0.3, chooser.random() < 0.5)
+    which = chooser.randrange(3)
+    if which == 0:
+        native().bn_match_forward(buffers[:11], *rest, chooser.randrange(-1, 5), chooser.choice([0, 1, 2]))
+    elif which == 1:
+        native().bn_match_backward(buffers, *rest, chooser.randrange(-1, 5), chooser.choice([0, 1, 2]))
+    else:
+        native().compose(buffers[:11], False, *(number() for _ in range(5)), (0, 0, 0), (1, 1, 1), 1)
+
+
+def test_random_calls_end_in_exceptions_or_answers():
+    chooser = random.Random(SEED)
+    torch.manual_seed(SEED)
+    answers = 0
+    for _ in range(CALLS):
+        call = chooser.choice([call_bn_match, call_bn_match, call_compose, call_perturb, call_directly])
+        try:
+            call(chooser)
+            answers += 1
+        except (InferFastError, ValueError, TypeError, RuntimeError, IndexError):
+            pass
+    assert CALLS // 20 < answers < CALLS
