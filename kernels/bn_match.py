@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 
 NONE, RELU, RELU6, SILU = 0, 1, 2, 3  # positions in infer_fast.ops.bn_match.ACTIVATIONS
-TILES = (1024, 2048, 4096)  # elements a program holds at a time
-PROGRAM_ELEMENTS = 16384  # elements a program goes through, about: enough that partial sums are few
+CONFIGS = ((1024, 4), (2048, 4), (4096, 8))  # (elements a program holds at a time, warps) to choose from
+PROGRAM_ELEMENTS = (2048, 16384)  # least and most that a program goes through: enough programs, few partial sums
+PROGRAMS = 1024  # programs to aim for between those: several for each multiprocessor
 MOST_SPLITS = 1024
+SPLITS, CHANNELS = 128, 64  # the tile in which partial sums are added up
 
 
 def _interpreted() -> bool:
@@ -30,10 +32,17 @@ def _interpreted() -> bool:
     return not isinstance(_finish, triton.runtime.JITFunction)
 
 
+def _bench(function, quantiles):
+    return triton.testing.do_bench(function, warmup=2, rep=10, quantiles=quantiles)
+
+
 def _autotuned(function):
-    """Tuned over tile and warps, once per kind of problem: `bucket` stands for its size in powers of two."""
-    configs = [triton.Config({"TILE": tile}, num_warps=warps) for tile in TILES for warps in (4, 8)]
-    return triton.autotune(configs, key=["bucket", "BLOCK", "ACTIVATION", "RESIDUAL", "ROWS"])(triton.jit(function))
+    """Tuned over CONFIGS once for each layout, block and dtype, and each `bucket`, the tensor's size in powers of four.
+
+    Lanes, layers, activations and residuals share what was found: a network is tuned a handful of times, not per layer.
+    """
+    configs = [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in CONFIGS]
+    return triton.autotune(configs, key=["bucket", "BLOCK", "ROWS"], do_bench=_bench)(triton.jit(function))
 
 
 @triton.jit
@@ -170,31 +179,39 @@ def _load_bits(mask, inside, lane, outer, at, images, channels, plane, channel, 
 
 
 @triton.jit
-def _finish(
-    partial, running_mean, running_var, mean, var, penalty, channels, splits, count, r_var, BLOCK: tl.constexpr
-):
-    """Adds up one lane's partial sums in a fixed order: its statistics and its penalty."""
+def _finish(partial, running_var, mean, var, norms, channels, splits, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the partial sums of one lane and one block of channels in a fixed order: statistics and squared norms."""
+    lane, block = tl.program_id(0), tl.program_id(1)
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    known = c < channels
+    total = tl.zeros((BLOCK,), tl.float32)
+    square = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, splits, SPLITS):
+        split = begin + tl.arange(0, SPLITS)
+        inside = (split < splits)[:, None] & known[None, :]
+        sums = partial + ((lane * splits + split) * 2).to(tl.int64)[:, None] * channels + c[None, :]
+        total += tl.sum(tl.load(sums, mask=inside, other=0.0), 0)
+        square += tl.sum(tl.load(sums + channels, mask=inside, other=0.0), 0)
+    m = total / count
+    v = square / count - m * m
+    v = tl.where(v < 0, 0.0, v)  # rounding; NaN stays
+    tl.store(mean + lane * channels + c, m, mask=known)
+    tl.store(var + lane * channels + c, v, mask=known)
+    difference = tl.where(known, v - tl.load(running_var + c, mask=known, other=0.0), 0.0)
+    place = norms + (lane * tl.num_programs(1) + block) * 2
+    tl.store(place, tl.sum(m * m))
+    tl.store(place + 1, tl.sum(difference * difference))
+
+
+@triton.jit
+def _penalty(norms, penalty, blocks, r_var, BLOCK: tl.constexpr):
+    """One lane's penalty from the squared norms of its blocks of channels."""
     lane = tl.program_id(0)
-    mean_norm = tl.zeros((BLOCK,), tl.float32)
-    var_norm = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, channels, BLOCK):
-        c = begin + tl.arange(0, BLOCK)
-        known = c < channels
-        total = tl.zeros((BLOCK,), tl.float32)
-        square = tl.zeros((BLOCK,), tl.float32)
-        for split in range(splits):
-            sums = partial + ((lane * splits + split) * 2).to(tl.int64) * channels
-            total += tl.load(sums + c, mask=known, other=0.0)
-            square += tl.load(sums + channels + c, mask=known, other=0.0)
-        m = total / count
-        v = square / count - m * m
-        v = tl.where(v < 0, 0.0, v)  # rounding; NaN stays
-        tl.store(mean + lane * channels + c, m, mask=known)
-        tl.store(var + lane * channels + c, v, mask=known)
-        difference = tl.where(known, v - tl.load(running_var + c, mask=known, other=0.0), 0.0)
-        mean_norm += m * m
-        var_norm += difference * difference
-    tl.store(penalty + lane, r_var * tl.sqrt_rn(tl.sum(var_norm)) + tl.sqrt_rn(tl.sum(mean_norm)))
+    at = tl.arange(0, BLOCK)
+    place = norms + (lane * blocks + at) * 2
+    mean_norm = tl.sum(tl.load(place, mask=at < blocks, other=0.0))
+    var_norm = tl.sum(tl.load(place + 1, mask=at < blocks, other=0.0))
+    tl.store(penalty + lane, r_var * tl.sqrt_rn(var_norm) + tl.sqrt_rn(mean_norm))
 
 
 @triton.jit
@@ -291,11 +308,13 @@ def forward(x, residual, weight, bias, running_mean, running_var, eps, activatio
         ROWS=rows,
         BLOCK=block,
     )
-    wide = min(1024, triton.next_power_of_2(channels))
+    blocks = triton.cdiv(channels, CHANNELS)
+    norms = x.new_empty((lanes, blocks, 2), dtype=torch.float32)
     count = float(images * plane)
-    _finish[(lanes,)](
-        partial, running_mean, running_var, mean, var, penalty, channels, splits, count, r_var, BLOCK=wide
+    _finish[(lanes, blocks)](
+        partial, running_var, mean, var, norms, channels, splits, count, SPLITS=SPLITS, BLOCK=CHANNELS
     )
+    _penalty[(lanes,)](norms, penalty, blocks, r_var, BLOCK=triton.next_power_of_2(blocks))
 
 
 def backward(
@@ -341,18 +360,20 @@ def _shape(x: torch.Tensor, lanes: int) -> tuple[int, int, int, bool]:
 
 
 def _grid(images: int, channels: int, plane: int, rows: bool, lanes: int) -> tuple[tuple[int, int, int], int, int]:
-    """(grid, splits, block): block elements lie side by side; a program goes through about PROGRAM_ELEMENTS."""
+    """(grid, splits, block): block elements lie side by side, and each program takes one of the splits."""
     inner, outers = (channels, images * plane) if rows else (plane, images)
     block = max(8, min(256 if rows else 1024, triton.next_power_of_2(inner)))
     across = triton.cdiv(channels, block) if rows else channels
-    each = max(1, PROGRAM_ELEMENTS // (block if rows else plane))  # outers of one program
+    least, most = PROGRAM_ELEMENTS
+    elements = min(most, max(least, lanes * images * channels * plane // PROGRAMS))
+    each = max(1, elements // (block if rows else plane))  # outers of one program
     splits = max(1, min(MOST_SPLITS, triton.cdiv(outers, each)))
     return (across, splits, lanes), splits, block
 
 
 def _bucket(x: torch.Tensor) -> int:
-    """Problems of about one size and one dtype are tuned together."""
-    return x.numel().bit_length() * 8 + x.element_size()
+    """The size in powers of four: problems of one bucket are tuned together (dtypes apart, as Triton does)."""
+    return x.numel().bit_length() // 2
 
 
 def _launch(kernel, grid, arguments, **meta) -> None:
