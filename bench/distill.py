@@ -9,6 +9,8 @@ included on both sides.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -23,7 +25,7 @@ SIZE = (32, 32)
 
 def main() -> None:
     options = measure.arguments(__doc__.splitlines()[0])
-    classes, iterations, rounds = (10, 3, 1) if options.quick else (100, 5, 3)
+    classes, iterations, rounds = (10, 3, 1) if options.quick else (100, 4, 3)
     rows = [teacher_row(name, classes, iterations, rounds) for name in INFER_TEACHERS]
     rows.append(total_row(rows))
     measure.write(options.output, rows, classes=classes, iterations=iterations, rounds=rounds)
@@ -113,8 +115,6 @@ def total_row(rows: list[dict]) -> dict:
 
 def without_batch_norm(teacher: nn.Module) -> nn.Module:
     """The same network with every BatchNorm2d an identity, frozen and channels_last: what no matching could beat."""
-    import copy
-
     network = copy.deepcopy(teacher).requires_grad_(False).to(memory_format=torch.channels_last)
 
     def strip(module: nn.Module) -> None:

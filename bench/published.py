@@ -43,9 +43,9 @@ def batch_norm_relu(norm: nn.BatchNorm2d, x: torch.Tensor) -> tuple[torch.Tensor
 def solve(teacher: nn.Module, base: torch.Tensor, settings, shift: torch.Tensor) -> torch.Tensor:
     """One INFER task the published way: base (C, 3, H, W), shift int64 (T, 2) -> compensator (3, H, W).
 
-    The published scripts leave requires_grad on for the weights, and so does this; the caller's teacher is copied.
+    The weights are frozen, as in the published scripts; the caller's teacher is copied.
     """
-    teacher = copy.deepcopy(teacher).eval()
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     hooks = [StatisticsHook(m) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
     targets = torch.arange(len(base), device=base.device)
     u = torch.zeros(1, *base.shape[1:], device=base.device, requires_grad=True)
@@ -55,7 +55,6 @@ def solve(teacher: nn.Module, base: torch.Tensor, settings, shift: torch.Tensor)
         down, right = shift[iteration].tolist()
         images = torch.roll(base + u, shifts=(down, right), dims=(2, 3))
         optimizer.zero_grad()
-        teacher.zero_grad()
         loss = F.cross_entropy(teacher(images), targets)
         weights = [settings.first_bn_multiplier] + [1.0] * (len(hooks) - 1)
         penalties = [w * h.penalty for w, h in zip(weights, hooks, strict=True) if h.penalty is not None]
