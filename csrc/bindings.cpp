@@ -2,6 +2,10 @@
 //
 // A tensor comes as (address, bytes), an absent one as (0, 0): no torch headers, and no read or write beyond what the
 // caller says is there.
+#ifdef __linux__
+#include <malloc.h>
+#endif
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -180,6 +184,16 @@ void perturb(const std::vector<Buffer>& params, const std::vector<Buffer>& grads
   infer_fast::perturb(p, g, sizes, rho, threads);
 }
 
+// By default glibc gives a freed tensor's pages back to the system, and the next tensor pays for getting them again:
+// more than bn_match itself takes. Process-wide, so only our own programs ask for it.
+bool keep_freed_memory() {
+#ifdef __GLIBC__
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -188,6 +202,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("bn_match_forward", &bn_match_forward, "See infer_fast.ops.bn_match.");
   module.def("bn_match_backward", &bn_match_backward, "See infer_fast.ops.bn_match.");
   module.attr("BN_MATCH_SMALL_PLANE") = infer_fast::kBnMatchSmallPlane;
+  module.def("keep_freed_memory", &keep_freed_memory,
+             "Has the process keep freed memory for its next tensors. False where the C library can't.");
   module.def("limit_instruction_set", &infer_fast::limit_instruction_set,
              "0: portable code, 1: at most AVX2, 2: at most AVX-512. Returns what is in use. For tests.");
   module.def("perturb", &perturb, "See infer_fast.ops.perturb_.");

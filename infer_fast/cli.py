@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from infer_fast.errors import InferFastError
+from infer_fast.ops.backend import native
 from infer_fast.recipes import RECIPES, Recipe
 
 Options = TypeVar("Options")
@@ -42,6 +43,8 @@ def device() -> torch.device:
 def run(job: Callable[[list[str]], None], args: list[str] | None = None) -> int:
     """Runs `job(args)` and turns what it raises into an exit code and one sentence on standard error."""
     args = sys.argv[1:] if args is None else args
+    if native() is not None:
+        native().keep_freed_memory()
     try:
         job([a for a in args if a != "--debug"])
     except KeyboardInterrupt:
