@@ -36,7 +36,7 @@ def _pixels(
     pixel = tl.load(base + (source * 3 + channel) * plane + at, mask=inside, other=0).to(tl.float32) / 255.0
     if COMPENSATED:
         k = tl.load(compensator_index + item)
-        added = inside & (k >= 0)
+        added = inside & (k + at * 0 >= 0)
         known = tl.maximum(k, 0)
         step = tl.load(values + (known * 3 + channel) * plane + at, mask=added, other=0).to(tl.float32)
         dense = step * tl.load(scale + known * 3 + channel) + tl.load(offset + known * 3 + channel)

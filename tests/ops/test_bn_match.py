@@ -106,8 +106,8 @@ def test_reference_passes_gradcheck(generator, activation):
 def test_backends_equal_the_float64_reference(generator, where, shape, layout, dtype, lanes):
     backend, device = where
     slow = (backend, device) == ("triton", "cpu")
-    if slow and math.prod(shape) > 8000:
-        pytest.skip("too large for the interpreter")
+    if slow and (math.prod(shape) > 8000 or (lanes == 1 and shape != SHAPES[0])):
+        pytest.skip("too slow in the interpreter")
     parts = arguments(shape, generator, dtype)
     exact_parts = [p.double() for p in parts]
     parts = [p.to(device) for p in parts]
