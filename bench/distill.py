@@ -25,7 +25,7 @@ SIZE = (32, 32)
 
 def main() -> None:
     options = measure.arguments(__doc__.splitlines()[0])
-    classes, iterations, rounds = (10, 3, 1) if options.quick else (100, 4, 3)
+    classes, iterations, rounds = (10, 3, 1) if options.quick else (100, 3, 3)
     rows = [teacher_row(name, classes, iterations, rounds) for name in INFER_TEACHERS]
     rows.append(total_row(rows))
     measure.write(options.output, rows, classes=classes, iterations=iterations, rounds=rounds)
@@ -70,16 +70,10 @@ def teacher_row(name: str, classes: int, iterations: int, rounds: int) -> dict:
         rounds,
     )
     taken = {way: value / iterations for way, value in taken.items()}
-    one = SynthesisSettings(iterations=1, lr=0.01, batch_size=classes)
-    first = draw_views(0, 0, [0], iterations=1, jitter=4).to(device)
-    memory = {
-        "published": measure.peak_bytes(lambda: published.solve(teacher, base[0], one, first.shift[:, 0])),
-        "float32": measure.peak_bytes(lambda: solve(teacher, base, settings=one, views=first, precision="float32")),
-    }
-    return row(name, taken, memory)
+    return row(name, taken)
 
 
-def row(name: str, taken: dict[str, float], memory: dict[str, int]) -> dict:
+def row(name: str, taken: dict[str, float]) -> dict:
     best = min(taken["float32"], taken["bfloat16"])
     floor = min(taken["floor float32"], taken["floor bfloat16"])
     return {
@@ -92,13 +86,11 @@ def row(name: str, taken: dict[str, float], memory: dict[str, int]) -> dict:
         "published / float32": taken["published"] / taken["float32"],
         "published / best": taken["published"] / best,
         "published / floor": taken["published"] / floor,
-        "published MiB": memory["published"] / 2**20,
-        "float32 MiB": memory["float32"] / 2**20,
     }
 
 
 def total_row(rows: list[dict]) -> dict:
-    """The M = 4 cycle: times add up, the best precision is chosen per teacher, memory is the largest."""
+    """The M = 4 cycle: times add up, the best precision is chosen per teacher."""
     total = {key: sum(r[key] for r in rows) for key in rows[0] if key.endswith(" ms")}
     best = sum(min(r["float32 ms"], r["bfloat16 ms"]) for r in rows)
     floor = sum(min(r["no BatchNorm float32 ms"], r["no BatchNorm bfloat16 ms"]) for r in rows)
@@ -108,8 +100,6 @@ def total_row(rows: list[dict]) -> dict:
         "published / float32": total["published ms"] / total["float32 ms"],
         "published / best": total["published ms"] / best,
         "published / floor": total["published ms"] / floor,
-        "published MiB": max(r["published MiB"] for r in rows),
-        "float32 MiB": max(r["float32 MiB"] for r in rows),
     }
 
 

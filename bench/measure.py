@@ -1,4 +1,4 @@
-"""Timing in turn, peak memory, the hardware's limits, and results as a table and as JSON."""
+"""Timing in turn, the hardware's limits, and results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -47,61 +46,6 @@ def copy_bandwidth(elements: int = 1 << 26) -> float:
     target = torch.empty_like(source)
     took = milliseconds_in_turn({"copy": lambda: target.copy_(source)}, 7)["copy"]
     return 2 * source.nbytes / (took / 1e3)
-
-
-def matmul_rate(size: int, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a size^3 matrix product of random values."""
-    a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
-    took = milliseconds_in_turn({"matmul": lambda: a @ b}, 5)["matmul"]
-    return 2 * size**3 / (took / 1e3)
-
-
-def saved_bytes(function: Callable[[], object]) -> int:
-    """Bytes of distinct storages that autograd keeps for backward during function()."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function()
-    return sum(kept.values())
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Bytes of device memory at the highest point of function() above those before it.
-
-    On the CPU this is the growth of the process's resident memory in a forked child, so that earlier peaks don't count.
-    """
-    if torch.cuda.is_available():
-        synchronise()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        synchronise()
-        return torch.cuda.max_memory_allocated() - before
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # threads don't survive a fork
-        before = _resident_bytes()
-        function()
-        highest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        os.write(writer, str(max(0, highest - before)).encode())
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as answer:
-        return int(answer.read() or 0)
-
-
-def _resident_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmRSS line")
 
 
 def machine() -> dict[str, str | int]:
