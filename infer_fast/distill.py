@@ -27,7 +27,7 @@ import infer_fast
 from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet, quantise
 from infer_fast.data.files import read_tensors, write_json, write_tensors
-from infer_fast.data.images import ImageDataset, class_indices, normalise, to_bytes
+from infer_fast.data.images import ImageDataset, draw_of_each_class, normalise, to_bytes
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.models import MatchedTeacher, build
@@ -357,15 +357,7 @@ def _base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, init_path: P
     if init_path is not None:
         return _given_images(init_path, plan, recipe.synthesis)
     generator = task_generator(recipe.synthesis.seed, 0, 0, "base images")
-    chosen = []
-    for name, indices in zip(dataset.classes, class_indices(dataset.train.labels.cpu(), plan.classes), strict=True):
-        if len(indices) < plan.k:
-            raise InferFastError(
-                f"Class {name!r} has {len(indices)} training images, fewer than the {plan.k} base images per class of "
-                f"--ipc {plan.ipc}: lower it."
-            )
-        chosen.append(indices[torch.randperm(len(indices), generator=generator)[: plan.k]])
-    positions = torch.stack(chosen).to(dataset.train.images.device)  # (C, k)
+    positions = draw_of_each_class(dataset, plan.k, generator).to(dataset.train.images.device)  # (C, k)
     return dataset.train.images[positions].cpu()
 
 

@@ -25,7 +25,7 @@ from tyro.conf import arg
 from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet, load
 from infer_fast.data.files import read_json, write_json
-from infer_fast.data.images import ImageDataset, Split, class_indices, normalise
+from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, normalise
 from infer_fast.data.loader import Augmentation, ResidentSet, batches, resident_distilled, resident_split
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
@@ -182,17 +182,8 @@ def _candidates(
 
 def _random_real(dataset: ImageDataset, ipc: int, seed: int, teachers: list[Teacher] | None) -> ResidentSet:
     """ipc random training images of every class, drawn anew for each seed."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for name, indices in zip(
-        dataset.classes, class_indices(dataset.train.labels.cpu(), len(dataset.classes)), strict=True
-    ):
-        if len(indices) < ipc:
-            raise InferFastError(
-                f"Class {name!r} has {len(indices)} training images, fewer than ipc {ipc}: lower --ipc."
-            )
-        chosen.append(indices[torch.randperm(len(indices), generator=generator)[:ipc]])
-    positions = torch.cat(chosen).to(dataset.train.images.device)
+    positions = draw_of_each_class(dataset, ipc, torch.Generator().manual_seed(seed)).flatten()
+    positions = positions.to(dataset.train.images.device)
     split = Split(dataset.train.images[positions], dataset.train.labels[positions])
     logits = None if teachers is None else label_images(split.images, dataset.mean, dataset.std, teachers)
     return resident_split(split, len(dataset.classes), dataset.mean, dataset.std, logits)

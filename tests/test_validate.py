@@ -81,7 +81,7 @@ def test_random_images_differ_between_seeds_and_are_ipc_per_class(parts):
     _, dataset, _ = parts
     one, two = (_random_real(dataset, 3, seed, None) for seed in (1, 2))
     assert torch.bincount(one.targets).tolist() == [3] * 4 and not torch.equal(one.base, two.base)
-    with pytest.raises(InferFastError, match="12 training images, fewer than ipc 13"):
+    with pytest.raises(InferFastError, match="12 training images, fewer than the 13"):
         _random_real(dataset, 13, 0, None)
 
 

@@ -103,9 +103,20 @@ def to_bytes(normalised: torch.Tensor, mean: tuple[float, ...], std: tuple[float
     return ((normalised * std_ + mean_) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def class_indices(labels: torch.Tensor, classes: int) -> list[torch.Tensor]:
-    """For each class, the positions int64 of its images, in dataset order."""
-    return [torch.nonzero(labels == c).flatten() for c in range(classes)]
+def draw_of_each_class(dataset: ImageDataset, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Positions int64 (C, count) of `count` different training images of each class, on the CPU.
+
+    Raises InferFastError when a class has fewer.
+    """
+    labels, rows = dataset.train.labels.cpu(), []
+    for label, name in enumerate(dataset.classes):
+        own = torch.nonzero(labels == label).flatten()
+        if len(own) < count:
+            raise InferFastError(
+                f"Class {name!r} has {len(own)} training images, fewer than the {count} wanted of each: lower --ipc."
+            )
+        rows.append(own[torch.randperm(len(own), generator=generator)[:count]])
+    return torch.stack(rows)
 
 
 def _columns(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
