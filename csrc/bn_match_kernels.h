@@ -43,9 +43,9 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  int32_t whole;
+  uint32_t whole;  // unsigned: for NaN it holds anything, and shifting that must be harmless
   std::memcpy(&whole, &shifted, sizeof whole);
-  const int32_t exponent = (whole + (127 - 0x4b400000)) << 23;
+  const uint32_t exponent = (whole + (127u - 0x4b400000u)) << 23;
   float power;
   std::memcpy(&power, &exponent, sizeof power);
   return x > 88.37f ? __builtin_inff() : p * power;
