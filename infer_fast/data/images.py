@@ -73,8 +73,14 @@ def image_dataset(
             f"{name}: training images are {_size(train)} and test images {_size(test)}: all must have one size "
             "(--image-size N brings them to NxN)."
         )
-    mean, std = _cached_statistics(name, train, test, cache)
-    return ImageDataset(name, train, test, classes, mean, std)
+    if cache is None:
+        return ImageDataset(name, train, test, classes, *channel_statistics(train.images))
+    fingerprint = _fingerprint(train, test)
+    dataset = ImageDataset(
+        name, train, test, classes, *_cached_statistics(train.images, cache / f"{name}-{fingerprint[:16]}.json")
+    )
+    dataset.__dict__["fingerprint"] = fingerprint  # hashed once: the property would hash every image again
+    return dataset
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -147,14 +153,11 @@ def _standard_form(split: Split) -> Split:
     return Split(images.contiguous(), split.labels.long())
 
 
-def _cached_statistics(name: str, train: Split, test: Split, cache: Path | None) -> tuple:
-    if cache is None:
-        return channel_statistics(train.images)
-    path = cache / f"{name}-{_fingerprint(train, test)[:16]}.json"
+def _cached_statistics(images: torch.Tensor, path: Path) -> tuple:
     if path.is_file():
         stored = read_json(path)
         return tuple(stored["mean"]), tuple(stored["std"])
-    mean, std = channel_statistics(train.images)
+    mean, std = channel_statistics(images)
     write_json(path, {"mean": mean, "std": std})
     return mean, std
 
