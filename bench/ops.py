@@ -64,7 +64,7 @@ def bn_match_row(shape: tuple, channels_last: bool, dtype: torch.dtype, bandwidt
         return torch.autograd.grad((y, penalty), x, (upstream, one.view(1)))[0]
 
     expected, got = the_published_way().double(), ours().double()
-    error = ((got - expected).norm() / expected.norm()).item()
+    error = ((got - expected)[away_from_kink(norm, x)].norm() / expected.norm()).item()
     if error > (1e-4 if dtype == torch.float32 else 5e-2):
         raise SystemExit(f"bn_match {shape}: gradients differ by {error:.2g}")
     taken = measure.milliseconds_in_turn({"published": the_published_way, "plain": plain, "ours": ours}, rounds)
@@ -81,6 +81,11 @@ def bn_match_row(shape: tuple, channels_last: bool, dtype: torch.dtype, bandwidt
         "plain / ours": taken["plain"] / taken["ours"],
         "share of copy bandwidth": floor / taken["ours"],
     }
+
+
+def away_from_kink(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """Where rounding can't move ReLU's input over 0 (there, two right answers differ by a whole gradient)."""
+    return norm(x.detach().float()).abs() > 64 * torch.finfo(x.dtype).eps
 
 
 def perturb_row(bandwidth: float, rounds: int) -> dict:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import tyro
 
-from infer_fast.errors import InferFastError
+from infer_fast.errors import InferFastError, out_of_memory
 from infer_fast.ops.backend import native
 from infer_fast.recipes import RECIPES, Recipe
 
@@ -70,10 +70,3 @@ def _sentence(error: Exception) -> str:
         return f"{error.strerror or error} ({error.filename or 'no file'})."
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"Unexpected {type(error).__name__}: {first} (run again with --debug for the traceback)."
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the machine's or the device's memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error).lower()

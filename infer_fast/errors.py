@@ -1,4 +1,8 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read, and the one that asks for less at a time."""
+
+from __future__ import annotations
+
+import torch
 
 
 class InferFastError(Exception):
@@ -7,3 +11,10 @@ class InferFastError(Exception):
 
 class DiskError(InferFastError):
     """A file could not be written; nothing that was there before is lost."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the machine's or the device's memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error).lower()

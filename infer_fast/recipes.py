@@ -31,7 +31,7 @@ class SqueezeSettings:
     """random crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip (off for digits, where a mirror image is another thing)"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
 
 
@@ -99,7 +99,7 @@ class StudentSettings:
     """random crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops import bn_match
-from infer_fast.ops.bn_match import ACTIVATIONS
+from infer_fast.ops import bn_match, bn_match_statistics
+from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
 from infer_fast.ops.frozen_conv import frozen_conv2d
 
 MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
@@ -25,31 +26,44 @@ METHODS = {"relu": "relu", "relu_": "relu"}
 ADDS = {operator.add, operator.iadd, torch.add}
 
 
-class PenaltySum:
-    """What one pass of a teacher adds up: sum_l w_l * penalty_l, float32 (lanes,)."""
+class Pass:
+    """What the BatchNorms of one pass of a teacher share: its lanes, what they match, and what they report.
+
+    whole: each layer's statistics of the batch that this pass takes a chunk of, in the order of the calls, or None.
+    """
 
     def __init__(self) -> None:
-        self.lanes = 1
-        self.total: torch.Tensor | None = None
+        self.begin(1)
 
-    def start(self, lanes: int) -> None:
-        self.lanes, self.total = lanes, None
+    def begin(self, lanes: int, whole: Sequence[Statistics] | None = None, *, statistics_only: bool = False) -> None:
+        self.lanes, self.whole, self.statistics_only = lanes, whole, statistics_only
+        self.penalties: list[torch.Tensor] = []
+        self.statistics: list[Statistics] = []
+        self.calls = 0
 
-    def add(self, penalty: torch.Tensor, weight: float) -> None:
-        weighted = penalty if weight == 1 else weight * penalty
-        self.total = weighted if self.total is None else self.total + weighted
+    def next_whole(self) -> Statistics | None:
+        """The whole batch's statistics for the layer that is called now."""
+        self.calls += 1
+        return None if self.whole is None else self.whole[self.calls - 1]
+
+    def end(self) -> tuple[torch.Tensor | None, list[Statistics]]:
+        """The sum of the penalties, (lanes,), or None without any; the statistics. Keeps neither."""
+        total = torch.stack(self.penalties).sum(dim=0) if self.penalties else None
+        statistics = self.statistics
+        self.begin(1)
+        return total, statistics
 
 
 class MatchedBatchNorm(nn.Module):
     """Takes the place of one eval-mode BatchNorm2d, of a residual add and an activation after it if there are such.
 
-    Reports its penalty, times `match_weight`, to `penalties`.
+    Reports its penalty, times `match_weight`, to the `shared` pass; its input's statistics where that asks for them.
     """
 
     def __init__(
         self,
         norm: nn.BatchNorm2d,
-        penalties: PenaltySum,
+        shared: Pass,
         *,
         match_weight: float,
         r_var: float,
@@ -60,26 +74,25 @@ class MatchedBatchNorm(nn.Module):
         self.weight, self.bias = norm.weight, norm.bias
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
-        self.eps, self.penalties, self.activation = norm.eps, penalties, activation
+        self.eps, self.shared, self.activation = norm.eps, shared, activation
         self.match_weight, self.r_var, self.backend = match_weight, r_var, backend
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         fits = residual is None or residual.shape == x.shape
-        y, penalty = bn_match(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.eps,
-            residual=residual if fits else None,
-            activation=self.activation if fits else "none",
-            lanes=self.penalties.lanes,
-            r_var=self.r_var,
-            backend=self.backend,
-        )
-        if self.match_weight:
-            self.penalties.add(penalty, self.match_weight)
+        batch_norm = (x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+        options = {
+            "residual": residual if fits else None,
+            "activation": self.activation if fits else "none",
+            "lanes": self.shared.lanes,
+            "backend": self.backend,
+        }
+        if self.shared.statistics_only:
+            y, statistics = bn_match_statistics(*batch_norm, **options)
+            self.shared.statistics.append(statistics)
+        else:
+            y, penalty = bn_match(*batch_norm, **options, r_var=self.r_var, whole=self.shared.next_whole())
+            if self.match_weight:
+                self.shared.penalties.append(penalty if self.match_weight == 1 else self.match_weight * penalty)
         return y if fits else ACTIVATIONS[self.activation](y + residual)  # an add that broadcasts stays an add
 
 
@@ -126,7 +139,7 @@ class MatchedTeacher(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        self.penalties = PenaltySum()
+        self.shared = Pass()
         network = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=torch.channels_last)
         norms = {m: i for i, m in enumerate(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))}
         _check(teacher, list(norms), skip_bn)
@@ -135,7 +148,7 @@ class MatchedTeacher(nn.Module):
         def matched(norm: nn.BatchNorm2d, activation: str) -> MatchedBatchNorm:
             return MatchedBatchNorm(
                 norm,
-                self.penalties,
+                self.shared,
                 match_weight=weights[norms[norm]],
                 r_var=r_var,
                 activation=activation,
@@ -144,12 +157,24 @@ class MatchedTeacher(nn.Module):
 
         self.network = freeze_convolutions(fuse(network, matched))
 
-    def forward(self, x: torch.Tensor, lanes: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: (lanes*B, 3, H, W), normalised -> logits (lanes*B, C) and the weighted penalty, (lanes,)."""
-        self.penalties.start(lanes)
+    def forward(
+        self, x: torch.Tensor, lanes: int = 1, whole: Sequence[Statistics] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: (lanes*B, 3, H, W), normalised -> logits (lanes*B, C) and the weighted penalty, (lanes,).
+
+        whole: what `statistics` gave for the larger batch that x is a chunk of (see bn_match).
+        """
+        self.shared.begin(lanes, whole)
         logits = self.network(x.contiguous(memory_format=torch.channels_last))
-        total = self.penalties.total
+        total, _ = self.shared.end()
         return logits, torch.zeros(lanes, device=x.device) if total is None else total
+
+    @torch.no_grad()
+    def statistics(self, x: torch.Tensor, lanes: int = 1) -> list[Statistics]:
+        """The statistics of every BatchNorm's input, in the order of the calls; keeps nothing for backward."""
+        self.shared.begin(lanes, statistics_only=True)
+        self.network(x.contiguous(memory_format=torch.channels_last))
+        return self.shared.end()[1]
 
 
 def fuse(network: nn.Module, matched) -> nn.Module:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,37 @@ from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
 
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 
-def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
-    """Makes the context of a network's pass: bfloat16 autocast or none; auto is bfloat16 on CUDA, else float32."""
-    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext
+
+def choose_precision(device: torch.device, precision: str) -> str:
+    """What `precision` means on `device`: auto is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises InferFastError for an unknown precision, or TF32 where no tensor core rounds to it.
+    """
+    if precision not in PRECISIONS:
+        raise InferFastError(f"{precision!r} is not a precision: choose one of {', '.join(PRECISIONS)}.")
+    if precision == "tf32" and device.type != "cuda":
+        raise InferFastError(f"tf32 is a mode of CUDA devices, this run is on {device.type}: choose float32.")
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return precision
+
+
+@contextmanager
+def at_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Passes inside it run in float32, in tf32 (convolutions and matrix products), or in bfloat16 autocast."""
+    chosen = choose_precision(device, precision)
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [f.allow_tf32 for f in flags]
+    for f in flags:
+        f.allow_tf32 = chosen == "tf32"
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=chosen == "bfloat16"):
+            yield
+    finally:
+        for f, value in zip(flags, before, strict=True):
+            f.allow_tf32 = value
 
 
 @dataclass(frozen=True)
@@ -63,14 +88,14 @@ def fit(
     on_update(done) is called after every update. Raises InferFastError when the weights became NaN or infinite.
     """
     network.to(memory_format=torch.channels_last)
-    low = autocast(next(network.parameters()).device, precision)
+    device = next(network.parameters()).device
     optimizer = _optimizer(network, schedule)
     epochs = max(1, -(-schedule.updates // schedule.updates_per_epoch))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     network.train()
     for done, (images, targets) in enumerate(batches, start=1):
         optimizer.zero_grad(set_to_none=True)
-        with low():
+        with at_precision(device, precision):
             logits = network(images.contiguous(memory_format=torch.channels_last))
         loss(logits.float(), targets).backward()
         optimizer.step()

@@ -5,9 +5,16 @@
 
 mean and (biased) var are those of the op's input x over (batch, height, width) of one lane; the norms run over the
 channels and are not squared (INFER, arXiv 2408.06927, eq. 5; DWA, arXiv 2409.17612, section 3 for r_var).
+
+A batch that does not fit is passed in chunks, twice: once for the statistics of the whole (`bn_match_statistics`,
+`pooled`), once for the gradients (`bn_match` with whole=): the penalty depends on x through mean and var alone, so each
+chunk's share of its gradient follows from the whole's mean and var and from the chunk itself.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -28,6 +35,28 @@ ACTIVATIONS = {
 KINDS = {name: position for position, name in enumerate(ACTIVATIONS)}  # what kernels and native code call them
 
 
+class Statistics(NamedTuple):
+    """Of one layer's input, for each lane and channel: mean - running_mean and the biased variance, each (lanes, C)."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
+def pooled(parts: Sequence[Statistics], counts: Sequence[int]) -> Statistics:
+    """The statistics of chunks taken together, `counts` images in each (Chan et al. 1979: no cancellation)."""
+    total = sum(counts)
+    shares = [n / total for n in counts]
+    mean = sum(share * part.mean for share, part in zip(shares, parts, strict=True))
+    var = sum(share * (p.var + (p.mean - mean).square()) for share, p in zip(shares, parts, strict=True))
+    return Statistics(mean, var)
+
+
+def penalty_of(statistics: Statistics, running_var: torch.Tensor, r_var: float) -> torch.Tensor:
+    """r_var * ||var - running_var||_2 + ||mean - running_mean||_2 of each lane, (lanes,)."""
+    difference = statistics.var - running_var.to(statistics.var.dtype)
+    return r_var * torch.linalg.vector_norm(difference, dim=1) + torch.linalg.vector_norm(statistics.mean, dim=1)
+
+
 def reference(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -40,15 +69,19 @@ def reference(
     activation: str = "none",
     lanes: int = 1,
     r_var: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain PyTorch, differentiable by autograd, any floating dtype. Shapes as in bn_match."""
+    whole: Statistics | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Statistics]:
+    """Plain PyTorch, differentiable by autograd, any floating dtype: y, penalty and x's own statistics.
+
+    Shapes as in bn_match.
+    """
     b, c, h, w = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     shift = running_mean.to(wide).view(1, c, 1, 1)
     centred = x.to(wide) - shift  # sums around running_mean: no cancellation when |mean| >> std
     var, mean = torch.var_mean(centred.reshape(lanes, b // lanes, c, h, w), dim=(1, 3, 4), correction=0)  # (lanes, C)
-    penalty = r_var * torch.linalg.vector_norm(var - running_var.to(wide), dim=1)
-    penalty = penalty + torch.linalg.vector_norm(mean, dim=1)
+    own = Statistics(mean, var)
+    penalty = penalty_of(own if whole is None else _as_chunk_of(whole, own), running_var, r_var)
 
     scale = torch.rsqrt(running_var.to(wide) + eps)
     scale = scale if weight is None else scale * weight.to(wide)
@@ -57,13 +90,25 @@ def reference(
         z = z + bias.to(wide).view(1, c, 1, 1)
     if residual is not None:
         z = z + residual.to(wide)
-    return ACTIVATIONS[activation](z).to(x.dtype), penalty
+    return ACTIVATIONS[activation](z).to(x.dtype), penalty, own
 
 
-def _run_forward(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend):
-    """(y, penalty (lanes,), mean - running_mean (lanes, C), biased var (lanes, C), mask uint8): native or triton."""
+def _as_chunk_of(whole: Statistics, chunk: Statistics) -> Statistics:
+    """The whole's values, with the gradient they would have if the chunk's images were all there is."""
+    square = chunk.var + chunk.mean.square()  # E[d^2]: var = E[d^2] - E[d]^2, linearised around the whole's mean
+    var = square - 2 * whole.mean * chunk.mean
+    return Statistics(whole.mean + chunk.mean - chunk.mean.detach(), whole.var + var - var.detach())
+
+
+def _run_forward(
+    x, residual, weight, bias, running_mean, running_var, whole_mean, whole_var, eps, activation, lanes, r_var, backend
+):
+    """(y, penalty (lanes,), mean - running_mean (lanes, C), biased var (lanes, C), mask uint8): native or triton.
+
+    All of x's own; whole_mean and whole_var only take the place of mean and var in backward.
+    """
     parameters = (weight, bias, running_mean, running_var, eps)
-    outputs = _empty_outputs(x, residual, *parameters, activation, lanes, r_var, backend)
+    outputs = _empty_outputs(x, residual, *parameters[:-1], None, None, eps, activation, lanes, r_var, backend)
     if backend == "triton":
         from infer_fast.kernels import bn_match as kernels
 
@@ -75,7 +120,9 @@ def _run_forward(x, residual, weight, bias, running_mean, running_var, eps, acti
     return outputs
 
 
-def _empty_outputs(x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend):
+def _empty_outputs(
+    x, residual, weight, bias, running_mean, running_var, whole_mean, whole_var, eps, activation, lanes, r_var, backend
+):
     c = x.shape[1]
     mask = _mask_bytes(x, lanes, backend) if residual is not None and activation in ("relu", "relu6") else 0
     statistics = [x.new_empty(s, dtype=torch.float32) for s in ((lanes,), (lanes, c), (lanes, c))]
@@ -110,12 +157,14 @@ def _empty_gradients(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, backend = inputs
-    _, _, mean, var, mask = output
+    x, residual, weight, bias, running_mean, running_var, whole_mean, whole_var, eps, *rest = inputs
+    activation, lanes, r_var, backend = rest
+    _, _, own_mean, own_var, mask = output
+    mean, var = (own_mean, own_var) if whole_mean is None else (whole_mean, whole_var)
     kept = residual if activation == "silu" else None  # relu's derivative is in the mask, none's is 1
     ctx.save_for_backward(x, kept, weight, bias, running_mean, running_var, mean, var, mask)
     ctx.rest = (eps, activation, lanes, r_var, backend, residual is not None)
-    ctx.mark_non_differentiable(mean, var, mask)
+    ctx.mark_non_differentiable(own_mean, own_var, mask)
 
 
 _forward = torch.library.custom_op(
@@ -123,7 +172,8 @@ _forward = torch.library.custom_op(
     _run_forward,
     mutates_args=(),
     schema="(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-    "float eps, str activation, int lanes, float r_var, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? whole_mean, Tensor? whole_var, float eps, str activation, int lanes, float r_var, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _forward.register_fake(_empty_outputs)
 
@@ -140,7 +190,7 @@ _backward.register_fake(_empty_gradients)
 
 def _operator_autograd(ctx, grad_y, grad_penalty, *_):
     grad_x, grad_residual = _backward(grad_y, grad_penalty, *ctx.saved_tensors, *ctx.rest)
-    return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 9
+    return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 11
 
 
 _forward.register_autograd(_operator_autograd, setup_context=_setup_context)
@@ -158,7 +208,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_penalty, *_):
         grad_x, grad_residual = _run_backward(grad_y, grad_penalty, *ctx.saved_tensors, *ctx.rest)
-        return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 9
+        return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 11
 
 
 def bn_match(
@@ -173,6 +223,7 @@ def bn_match(
     activation: str = "none",
     lanes: int = 1,
     r_var: float = 1.0,
+    whole: Statistics | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eval-mode BatchNorm (+ residual, + activation) and the penalty that matches x's statistics to the running ones.
@@ -180,9 +231,38 @@ def bn_match(
     x: (lanes*B, C, H, W), the images of one lane side by side; weight, bias (or None), running_mean, running_var: (C,);
     residual: like x, or None; activation: none, relu, relu6 or silu. Gradients flow to x and residual; only the
     reference backend has those of weight and bias.
+    whole: the statistics of a larger batch that x is a chunk of; the penalty is then the whole's, and its gradient is
+    scaled as if x were all of it (multiply the penalty by the chunk's share of the images to get the chunk's part).
     Returns y, with x's shape, dtype and layout, and penalty, (lanes,) float32 (float64 for float64 input).
     Raises InferFastError for shapes or an activation that don't fit, or a forced backend that can't serve.
     """
+    y, penalty, _ = _match(
+        x, weight, bias, running_mean, running_var, eps, residual, activation, lanes, r_var, whole, backend
+    )
+    return y, penalty
+
+
+def bn_match_statistics(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    lanes: int = 1,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, Statistics]:
+    """bn_match's y, and x's own statistics in place of the penalty. Arguments and errors as bn_match's."""
+    y, _, own = _match(x, weight, bias, running_mean, running_var, eps, residual, activation, lanes, 1.0, None, backend)
+    return y, own
+
+
+def _match(
+    x, weight, bias, running_mean, running_var, eps, residual, activation, lanes, r_var, whole, backend
+) -> tuple[torch.Tensor, torch.Tensor, Statistics]:
     _check(x, running_mean, running_var, residual, activation, lanes)
     chosen = choose("bn_match", x, backend, DTYPES)
     trained = any(t is not None and t.requires_grad for t in (weight, bias))
@@ -198,6 +278,7 @@ def bn_match(
             activation=activation,
             lanes=lanes,
             r_var=r_var,
+            whole=whole,
         )
     x = x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
     if residual is not None:
@@ -205,8 +286,12 @@ def bn_match(
     vectors = [_float32(v) for v in (weight, bias, running_mean, running_var)]
     eager = type(x) is torch.Tensor and not torch.compiler.is_compiling()
     apply = _Eager.apply if eager else _forward
-    y, penalty, *_ = apply(x, residual, *vectors, eps, activation, lanes, r_var, chosen)
-    return y, penalty
+    both = (None, None) if whole is None else whole
+    y, penalty, mean, var, _ = apply(x, residual, *vectors, *both, eps, activation, lanes, r_var, chosen)
+    if whole is not None:
+        value = penalty_of(whole, running_var, r_var)
+        penalty = penalty + (value - penalty).detach()
+    return y, penalty, Statistics(mean, var)
 
 
 def _float32(vector: torch.Tensor | None) -> torch.Tensor | None:

@@ -7,11 +7,15 @@ For a task with base batch X (C, 3, H, W) and a frozen teacher f,
 
 (INFER, arXiv 2408.06927, eq. 5 and 6). In image mode (SRe2L, arXiv 2306.13092; DWA, arXiv 2409.17612) the images
 themselves are optimised in place of u.
+
+A batch that doesn't fit the device is passed in chunks, and the result is the same: one pass of every chunk gives the
+whole batch's statistics, a second one the gradients. So one compensator serves all classes on any device.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,18 +24,20 @@ from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.models.train import autocast
+from infer_fast.models.train import at_precision
 from infer_fast.ops import perturb_
+from infer_fast.ops.bn_match import Statistics, pooled
 from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis.views import Views, circular_shift
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem:
     """L tasks of one teacher.
 
     base: float32 (L, C, 3, H, W), normalised, on the device; targets: int64 (C,), the class of each image of a lane;
-    teacher: the matched teacher all lanes share; precision: of its pass (losses and what is optimised stay float32).
+    teacher: the matched teacher all lanes share; precision: of its pass (losses and what is optimised stay float32);
+    chunk: images of each lane that are passed together, None for all C.
     """
 
     teacher: MatchedTeacher
@@ -39,6 +45,11 @@ class Problem:
     targets: torch.Tensor
     settings: SynthesisSettings
     precision: str = "auto"
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        images = self.settings.optimise == "images"
+        self.pixels = pixel_range(self.settings, self.base.device) if images else None
 
     def start(self) -> torch.Tensor:
         """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W)."""
@@ -47,22 +58,61 @@ class Problem:
         lanes, _, *image = self.base.shape
         return torch.zeros(lanes, 1, *image, device=self.base.device)
 
-    def images(self, optimised: torch.Tensor) -> torch.Tensor:
-        """The images (L, C, 3, H, W) that `optimised` stands for, before any view."""
-        return optimised if self.settings.optimise == "images" else self.base + optimised
+    def view(self, optimised: torch.Tensor, shift: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:
+        """This iteration's view of the images of `span`, (L, C', 3, H, W); shift: int64 (L, 2)."""
+        images = self.base[:, span] + optimised if self.settings.optimise != "images" else optimised[:, span]
+        return circular_shift(images, shift)
 
-    def loss(self, optimised: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Each lane's loss, float32 (L,); shift: int64 (L, 2), this iteration's view."""
-        images = circular_shift(self.images(optimised), shift)
-        lanes = len(images)
-        with autocast(images.device, self.precision)():
-            logits, penalty = self.teacher(images.flatten(0, 1), lanes)
-        return lane_cross_entropy(logits, self.targets, lanes) + self.settings.r_bn * penalty
+    def loss(
+        self,
+        optimised: torch.Tensor,
+        shift: torch.Tensor,
+        span: slice = slice(None),
+        whole: Sequence[Statistics] | None = None,
+    ) -> torch.Tensor:
+        """Each lane's loss, float32 (L,), over the images of `span`.
+
+        whole: every layer's statistics over all images, if the span is a chunk of them.
+        """
+        images = self.view(optimised, shift, span)
+        with at_precision(images.device, self.precision):
+            logits, penalty = self.teacher(images.flatten(0, 1), len(images), whole)
+        return lane_cross_entropy(logits, self.targets[span], len(images)) + self.settings.r_bn * penalty
+
+    def loss_and_gradient(self, optimised: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each lane's loss, float32 (L,), and the gradient of what is optimised."""
+        spans = self._spans()
+        whole = self._statistics(optimised, shift, spans) if len(spans) > 1 else None
+        total = torch.zeros(len(optimised), device=optimised.device)
+        gradient = torch.zeros_like(optimised)
+        for span in spans:
+            own = optimised.detach().requires_grad_(True)
+            share = (span.stop - span.start) / self.base.shape[1]
+            loss = self.loss(own, shift, span, whole) * share
+            gradient += torch.autograd.grad(loss.sum(), own)[0]
+            total += loss.detach()
+        return total, gradient
+
+    def _spans(self) -> list[slice]:
+        count = self.base.shape[1]
+        chunk = self.chunk or count
+        return [slice(low, min(low + chunk, count)) for low in range(0, count, chunk)]
+
+    @torch.no_grad()
+    def _statistics(self, optimised: torch.Tensor, shift: torch.Tensor, spans: list[slice]) -> list[Statistics]:
+        """Every layer's statistics over all images of a lane: one pass for each span, nothing kept."""
+        parts = []
+        for span in spans:
+            images = self.view(optimised, shift, span)
+            with at_precision(images.device, self.precision):
+                parts.append(self.teacher.statistics(images.flatten(0, 1), len(images)))
+        counts = [span.stop - span.start for span in spans]
+        return [pooled(layer, counts) for layer in zip(*parts, strict=True)]
 
     def clamp_(self, optimised: torch.Tensor) -> None:
         """Image mode: keeps the images in the normalised range of [0,1] pixels, in place; else does nothing."""
-        if self.settings.optimise == "images":
-            low, high = pixel_range(self.settings, optimised.device)
+        if self.pixels is not None:
+            low, high = self.pixels
             torch.minimum(torch.maximum(optimised, low, out=optimised), high, out=optimised)
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from infer_fast.errors import InferFastError
+from infer_fast.errors import InferFastError, out_of_memory
 from infer_fast.models.surgery import MatchedTeacher
+from infer_fast.models.train import choose_precision
 from infer_fast.recipes import SynthesisSettings
+from infer_fast.synthesis.engine import capture, choose_engine, compiled, compiling
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views
 
 BETA1, BETA2, EPSILON = 0.5, 0.9, 1e-8
 LOG_EVERY = 50  # iterations between two reads of the loss buffer
-ENGINES = ("auto", "eager")
-PRECISIONS = ("auto", "float32", "bfloat16")
+
+OnIteration = Callable[[range, int, torch.Tensor], None]
 
 
 class NonFiniteLossError(InferFastError):
@@ -59,79 +62,195 @@ def solve(
     backend: str | None = None,
     engine: str = "auto",
     precision: str = "auto",
+    lanes: int | None = None,
+    chunk: int | None = None,
     targets: torch.Tensor | None = None,
-    on_iteration: Callable[[range, int, torch.Tensor], None] | None = None,
+    on_iteration: OnIteration | None = None,
 ) -> torch.Tensor:
     """Solves L tasks of one teacher side by side; the result of each does not depend on the others.
 
     teacher: any module with BatchNorm2d that maps (B, 3, H, W) to logits (B, classes); it is copied, never changed.
     base: float32 (L, C, 3, H, W), normalised. views: the random draws (T iterations, L lanes); by default those of
     tasks (teacher 0, index 0..L-1) under settings.seed. targets: int64 (C,), the class of each image of a lane
-    (default 0..C-1). precision: bfloat16 runs the teacher under autocast, losses and u stay float32; auto is bfloat16
-    on CUDA and float32 elsewhere. on_iteration(lanes, done, losses on the CPU, one for each of lanes) is called every
-    LOG_EVERY iterations of these lanes.
+    (default 0..C-1). engine: see infer_fast.synthesis.engine. precision: float32, tf32 or bfloat16 is the teacher's
+    pass, losses and u stay float32; auto is bfloat16 on CUDA and float32 elsewhere. lanes: at most so many tasks in one
+    batch (default: all). chunk: at most so many images of a lane in one pass (default: all C); the result is the same.
+    Both are halved, with a warning, when the memory does not suffice. on_iteration(lanes, done, losses on the CPU, one
+    for each of lanes) is called every LOG_EVERY iterations of these lanes.
 
     Returns the compensators, float32 (L, 3, H, W), or in image mode the images, float32 (L, C, 3, H, W).
     Raises NonFiniteLossError when a lane diverged (the others are in it), InferFastError for arguments that don't fit.
     """
-    _check(base, settings, views, engine, precision, targets)
-    lanes, classes = base.shape[:2]
-    if targets is None:
-        targets = torch.arange(classes, device=base.device)
-    if views is None:
-        views = draw_views(settings.seed, 0, list(range(lanes)), iterations=settings.iterations, jitter=settings.jitter)
-    views = views.to(base.device)
-    run = _Run(backend, precision, on_iteration)
-    if settings.steps == 0:
-        return run.together(teacher, base, targets, settings, views)
-    return run.one_by_one(teacher, base, targets, settings, views)  # adjusted weights serve one task alone
+    solver = Solver(
+        teacher, settings=settings, backend=backend, engine=engine, precision=precision, lanes=lanes, chunk=chunk
+    )
+    return solver.solve(base, views, targets, on_iteration)
 
 
-@dataclass
-class _Run:
-    backend: str | None
-    precision: str
-    on_iteration: Callable[[range, int, torch.Tensor], None] | None
+class Solver:
+    """solve() for many batches of one teacher: the matched teacher, and what the engine made of it, are kept.
 
-    def together(self, teacher, base, targets, settings, views, first_lane: int = 0) -> torch.Tensor:
-        matched = MatchedTeacher(
-            teacher,
-            first_bn_multiplier=settings.first_bn_multiplier,
-            r_var=settings.r_var,
-            skip_bn=settings.skip_bn,
-            backend=self.backend,
-        )
-        problem = Problem(matched, base, targets, settings, self.precision)
-        state = start_state(problem, views)
-        for iteration in range(settings.iterations):
-            iterate(problem, state)
-            done = iteration + 1
-            if done % LOG_EVERY == 0 or done == settings.iterations:
-                latest = state.losses[iteration].cpu()
-                if self.on_iteration is not None:
-                    self.on_iteration(range(first_lane, first_lane + len(base)), done, latest)
-                if not latest.isfinite().any():
-                    break
-        result = state.optimised if settings.optimise == "images" else state.optimised[:, 0]
-        failures = failed_lanes(state.losses[:done].cpu())
-        if failures:
-            raise NonFiniteLossError(failures, result)
-        return result
+    lanes and chunk are what is used now (None: no bound); they fall when the memory does not suffice. The other
+    arguments, results and errors are those of solve().
+    """
 
-    def one_by_one(self, teacher, base, targets, settings, views) -> torch.Tensor:
-        results, failures = [], {}
-        for lane in range(len(base)):
-            own, lane_base = views.lane(lane), base[lane : lane + 1]
-            adjusted = adjusted_teacher(teacher, lane_base, targets, settings, own)
-            try:
-                results.append(self.together(adjusted, lane_base, targets, settings, own, lane))
-            except NonFiniteLossError as error:
-                results.append(error.result)
-                failures[lane] = error.failures[0]
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        settings: SynthesisSettings,
+        backend: str | None = None,
+        engine: str = "auto",
+        precision: str = "auto",
+        lanes: int | None = None,
+        chunk: int | None = None,
+    ):
+        if settings.iterations < 1 or settings.jitter < 0 or settings.steps < 0:
+            raise InferFastError("solve needs at least 1 iteration, and jitter and steps of at least 0.")
+        if any(n is not None and n < 1 for n in (lanes, chunk)):
+            raise InferFastError(f"lanes ({lanes}) and chunk ({chunk}) must be at least 1.")
+        device = next(teacher.parameters(), torch.empty(0)).device
+        self.teacher, self.settings, self.backend = teacher, settings, backend
+        self.engine, self.precision = choose_engine(engine, device), choose_precision(device, precision)
+        self.lanes, self.chunk = lanes, chunk
+        self._matched: MatchedTeacher | None = None
+        self._loop: Loop | None = None
+
+    def solve(
+        self,
+        base: torch.Tensor,
+        views: Views | None = None,
+        targets: torch.Tensor | None = None,
+        on_iteration: OnIteration | None = None,
+    ) -> torch.Tensor:
+        """The tasks of `base`, in batches of at most self.lanes; see solve()."""
+        settings, count = self.settings, len(base)
+        _check(base, settings, views, targets)
+        if targets is None:
+            targets = torch.arange(base.shape[1], device=base.device)
+        if views is None:
+            views = draw_views(
+                settings.seed, 0, list(range(count)), iterations=settings.iterations, jitter=settings.jitter
+            )
+        views = views.to(base.device)
+        done, results, failures = 0, [], {}
+        while done < count:
+            # adjusted weights serve one task alone
+            lanes = range(done, min(count, done + (1 if settings.steps else self.lanes or count)))
+            outcome = self._try(base, views, targets, lanes, on_iteration)
+            if outcome is not None:
+                results.append(outcome[0])
+                failures |= {lanes[lane]: iteration for lane, iteration in outcome[1].items()}
+                done = lanes.stop
         result = torch.cat(results)
         if failures:
             raise NonFiniteLossError(failures, result)
         return result
+
+    def _try(self, base, views, targets, lanes: range, on_iteration) -> tuple[torch.Tensor, dict[int, int]] | None:
+        """The result and the failed lanes of one batch; None when that took too much memory and less was settled on."""
+        own, own_views = base[lanes.start : lanes.stop], views.lanes(lanes)
+        try:
+            return self._batch(own, own_views, targets, lanes, on_iteration)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            smaller = self._settle_for_less(len(lanes), base.shape[1])
+            if smaller is None:
+                raise
+        warnings.warn(f"Out of memory with {smaller}.", stacklevel=4)
+        self._forget()  # outside the except block, which holds on to the frames that ran out
+        return None
+
+    def _settle_for_less(self, lanes: int, images: int) -> str | None:
+        """Halves the lanes, then the chunk; says so in words, or None if there is nothing left to halve."""
+        chunk = min(self.chunk or images, images)
+        if lanes > 1:
+            self.lanes = lanes // 2
+            return f"{lanes} lanes: going on with {self.lanes}"
+        if chunk > 1:
+            self.chunk = -(-chunk // 2)
+            return f"{chunk} images in one pass: going on with chunks of {self.chunk} images, matched as one batch"
+        return None
+
+    def _forget(self) -> None:
+        self._matched = self._loop = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _batch(self, base, views, targets, lanes: range, on_iteration) -> tuple[torch.Tensor, dict[int, int]]:
+        loop = self._prepare(base, views, targets)
+        state, iterations = loop.state, self.settings.iterations
+        for done in range(1, iterations + 1):
+            loop.step()
+            if done % LOG_EVERY == 0 or done == iterations:
+                latest = state.losses[done - 1].cpu()
+                if on_iteration is not None:
+                    on_iteration(lanes, done, latest)
+                if not latest.isfinite().any():
+                    break
+        result = state.optimised if self.settings.optimise == "images" else state.optimised[:, 0]
+        return result.clone(), failed_lanes(state.losses[:done].cpu())
+
+    def _prepare(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> Loop:
+        """The loop for these tasks: the last one with its data replaced if it fits, else a new one."""
+        if self.settings.steps:
+            self._loop, self._matched = (
+                None,
+                self._match(adjusted_teacher(self.teacher, base, targets, self.settings, views)),
+            )
+        elif self._matched is None:
+            self._matched = self._match(self.teacher)
+        if self._loop is None or self._loop.problem.base.shape != base.shape:
+            self._loop = None  # frees what it holds before the next one is made
+            problem = Problem(self._matched, base.clone(), targets.clone(), self.settings, self.precision, self.chunk)
+            self._loop = Loop(problem, start_state(problem, views), self.engine)
+        else:
+            self._loop.take(base, views, targets)
+        return self._loop
+
+    def _match(self, teacher: nn.Module) -> MatchedTeacher:
+        return MatchedTeacher(
+            teacher,
+            first_bn_multiplier=self.settings.first_bn_multiplier,
+            r_var=self.settings.r_var,
+            skip_bn=self.settings.skip_bn,
+            backend=self.backend,
+        )
+
+
+class Loop:
+    """One batch of tasks under an engine: step() is one iteration. take() puts other tasks in the same tensors."""
+
+    def __init__(self, problem: Problem, state: AdamState, engine: str):
+        self.problem, self.state, self.engine = problem, state, engine
+        self.adam = adam_step
+        if engine in ("compile", "graph-compile"):
+            self.adam = compiled(problem.teacher, adam_step)
+        self.step = self._iterate
+        if engine in ("graph", "graph-compile"):
+            self.step = capture(self._iterate, self.restart)
+
+    def _iterate(self) -> None:
+        if self.adam is adam_step:
+            iterate(self.problem, self.state)
+        else:
+            with compiling():
+                iterate(self.problem, self.state, self.adam)
+
+    def take(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> None:
+        """Other tasks of the same shape, at iteration 0."""
+        self.problem.base.copy_(base)
+        self.problem.targets.copy_(targets)
+        self.state.shift.copy_(views.shift)
+        self.restart()
+
+    def restart(self) -> None:
+        """Back to iteration 0 of the same tasks."""
+        state = self.state
+        state.optimised.copy_(self.problem.start())
+        for tensor in (state.m, state.v, state.losses, state.counter):
+            tensor.zero_()
 
 
 def start_state(problem: Problem, views: Views) -> AdamState:
@@ -143,38 +262,43 @@ def start_state(problem: Problem, views: Views) -> AdamState:
         m=torch.zeros_like(optimised),
         v=torch.zeros_like(optimised),
         lr=torch.tensor(cosine(settings.lr, settings.iterations), device=device),
-        shift=views.shift,
+        shift=views.shift.clone(),
         losses=torch.zeros(settings.iterations, len(optimised), device=device),
         counter=torch.zeros(1, dtype=torch.int64, device=device),
     )
 
 
-def iterate(problem: Problem, state: AdamState) -> None:
-    """One iteration: view, forward, penalty, backward, Adam, clamp. Nothing here waits for the device."""
-    shift = state.shift.index_select(0, state.counter)[0]
-    optimised = state.optimised.detach().requires_grad_(True)
-    loss = problem.loss(optimised, shift)
-    (gradient,) = torch.autograd.grad(loss.sum(), optimised)
-    with torch.no_grad():
-        state.losses.index_copy_(0, state.counter, loss.detach().unsqueeze(0))
-        adam_step(state, gradient)
-        problem.clamp_(state.optimised)
-        state.counter += 1
+def adam_step(
+    optimised: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    gradient: torch.Tensor,
+    lr: torch.Tensor,
+    counter: torch.Tensor,
+) -> None:
+    """Adam (arXiv 1412.6980, algorithm 1) with betas 0.5, 0.9 and iteration counter's learning rate, in place.
 
-
-def adam_step(state: AdamState, gradient: torch.Tensor) -> None:
-    """Adam (arXiv 1412.6980, algorithm 1) with betas 0.5, 0.9 and this iteration's learning rate, in place.
-
-    A lane whose gradient is not finite stays where it was, so that it can't disturb anything it shares memory with.
+    All as in AdamState. A lane whose gradient is not finite stays where it was, so that it can't disturb anything it
+    shares memory with.
     """
     finite = gradient.flatten(1).isfinite().all(dim=1).view(-1, *[1] * (gradient.dim() - 1))
     gradient = torch.where(finite, gradient, torch.zeros((), device=gradient.device))
-    lr = state.lr.index_select(0, state.counter)
-    time = (state.counter + 1).to(torch.float32)
-    state.m.lerp_(gradient, 1 - BETA1)
-    state.v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    corrected = (state.v / (1 - BETA2**time)).sqrt_().add_(EPSILON)
-    state.optimised.sub_(state.m / (1 - BETA1**time) * lr / corrected)
+    time = (counter + 1).to(torch.float32)
+    m.lerp_(gradient, 1 - BETA1)
+    v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+    corrected = (v / (1 - BETA2**time)).sqrt_().add_(EPSILON)
+    optimised.sub_(m / (1 - BETA1**time) * lr.index_select(0, counter) / corrected)
+
+
+def iterate(problem: Problem, state: AdamState, adam: Callable = adam_step) -> None:
+    """One iteration: view, forward, penalty, backward, Adam, clamp. Nothing here waits for the device."""
+    shift = state.shift.index_select(0, state.counter)[0]
+    loss, gradient = problem.loss_and_gradient(state.optimised, shift)
+    with torch.no_grad():
+        state.losses.index_copy_(0, state.counter, loss.unsqueeze(0))
+        adam(state.optimised, state.m, state.v, gradient, state.lr, state.counter)
+        problem.clamp_(state.optimised)
+        state.counter += 1
 
 
 def cosine(lr: float, iterations: int) -> list[float]:
@@ -188,15 +312,9 @@ def failed_lanes(losses: torch.Tensor) -> dict[int, int]:
     return {lane: int(bad[:, lane].nonzero()[0]) for lane in range(losses.shape[1]) if bad[:, lane].any()}
 
 
-def _check(base, settings, views, engine, precision, targets) -> None:
+def _check(base, settings, views, targets) -> None:
     if base.dim() != 5 or base.shape[2] != 3 or base.dtype != torch.float32:
         raise InferFastError(f"solve takes base as float32 (L, C, 3, H, W), not {base.dtype} {tuple(base.shape)}.")
-    if engine not in ENGINES:
-        raise InferFastError(f"{engine!r} is not an engine: choose one of {', '.join(ENGINES)}.")
-    if precision not in PRECISIONS:
-        raise InferFastError(f"{precision!r} is not a precision: choose one of {', '.join(PRECISIONS)}.")
-    if settings.iterations < 1 or settings.jitter < 0 or settings.steps < 0:
-        raise InferFastError("solve needs at least 1 iteration, and jitter and steps of at least 0.")
     expected = (settings.iterations, len(base), 2)
     if views is not None and tuple(views.shift.shape) != expected:
         raise InferFastError(f"views.shift must be (T, L, 2) = {expected}, not {tuple(views.shift.shape)}.")

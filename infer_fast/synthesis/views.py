@@ -23,7 +23,11 @@ class Views:
 
     def lane(self, index: int) -> Views:
         """The draws of one lane, as Views of one lane."""
-        return Views(self.shift[:, index : index + 1])
+        return self.lanes(range(index, index + 1))
+
+    def lanes(self, which: range) -> Views:
+        """The draws of some lanes."""
+        return Views(self.shift[:, which.start : which.stop])
 
 
 def task_generator(seed: int, teacher: int, index: int, purpose: str) -> torch.Generator:

@@ -12,6 +12,7 @@ from infer_fast.models import MatchedTeacher, build
 from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis import NonFiniteLossError, Views, draw_views, solve
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
+from tests.models.test_surgery import smooth
 
 SETTINGS = SynthesisSettings(
     iterations=20, lr=0.1, r_bn=0.7, r_var=3.0, jitter=2, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
@@ -49,10 +50,10 @@ def independent_loss(network, x, u, shift, settings):
     return F.cross_entropy(logits, torch.arange(len(x))) + settings.r_bn * sum(terms)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_loss_and_gradient_equal_an_independent_rendering_for_resnet18(generator, dtype, tolerance):
     network, base = teacher_and_base(generator, "resnet18", lanes=2, size=16)
-    network, base = network.to(dtype), base.to(dtype)
+    network, base = smooth(network).to(dtype), base.to(dtype)
     u = 0.1 * torch.randn(2, 1, 3, 16, 16, generator=generator, dtype=dtype)
     shift = torch.randint(0, 5, (2, 2), generator=generator)
     u.requires_grad_(True)

@@ -1,0 +1,79 @@
+"""How much memory there is, and how many images of a teacher's pass it holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from infer_fast.models.surgery import MatchedTeacher
+from infer_fast.models.train import at_precision
+
+SHARE = 0.8  # of the free memory; the rest is for what the estimate does not see
+WORKSPACE = (
+    1.6  # a pass's highest point over what it keeps for backward: outputs, gradients, the libraries' own buffers
+)
+PROBE = 2  # images
+CONTROL_GROUPS = (  # a container's limit: folder, limit and use, in both versions of the kernel's interface
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be had: the device's and the allocator's own on CUDA, else the machine's or its group's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    bounds = [_machine_bytes()]
+    for group, limit, used in CONTROL_GROUPS:
+        most, now = _number(Path(group, limit)), _number(Path(group, used))
+        bounds += [] if most is None or now is None else [most - now]
+    return max(0, min(bounds))
+
+
+def bytes_per_image(teacher: nn.Module, size: tuple[int, int], precision: str) -> int:
+    """What a pass of the matched `teacher` keeps for backward, and its workspace, for each image of `size`.
+
+    Measured: a pass of PROBE images, its saved tensors counted. Weights and statistics are not images' bytes.
+    """
+    device = next(teacher.parameters()).device
+    matched = MatchedTeacher(teacher)
+    constant = {t.data_ptr() for t in (*matched.parameters(), *matched.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in constant and tensor.shape[:1] == (PROBE,):
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    images = torch.zeros(PROBE, 3, *size, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), at_precision(device, precision):
+        outputs = matched(images)  # held while it is counted: an address must not be given out twice
+    del outputs
+    return int(WORKSPACE * sum(kept.values()) / PROBE)
+
+
+def images_that_fit(teacher: nn.Module, size: tuple[int, int], precision: str) -> int:
+    """How many images one pass of `teacher` can take, at least 1."""
+    device = next(teacher.parameters()).device
+    return max(1, int(SHARE * free_bytes(device) / bytes_per_image(teacher, size, precision)))
+
+
+def _machine_bytes() -> int:
+    """What Linux says is available; half of the memory elsewhere."""
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file of the control group, None if there is none or it says `max`."""
+    if not path.is_file():
+        return None
+    text = path.read_text().strip()
+    return int(text) if text.isdigit() else None
