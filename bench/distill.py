@@ -1,105 +1,221 @@
-"""Whole synthesis iterations: the published way, ours, and the floor of the same networks without any BatchNorm.
+"""Whole synthesis runs: the published way, ours, and the floor of the same networks without any BatchNorm.
 
     python -m bench.distill --quick
     python -m bench.distill --output bench/results/distill-cpu.json
 
-One INFER task per teacher at 100 classes of 32x32 images; times are per iteration, over whole solve calls with set-up
-included on both sides.
+Times are milliseconds per iteration of all lanes, over whole `solve` calls with set-up (surgery, capture) included on
+both sides; the published way solves the lanes one after another. The share is the floating-point operations an
+iteration needs (forward and input gradient of the convolutions and matrix products) at the measured rate of a large
+matrix product in the same precision, over the time taken. A GPU also runs the larger images and one whole synthesis.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import measure, published
 from infer_fast.models import build
 from infer_fast.models.surgery import freeze_convolutions
-from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
-from infer_fast.synthesis import draw_views, solve
+from infer_fast.models.train import at_precision
+from infer_fast.recipes import INFER_TEACHERS, RECIPES, SynthesisSettings
+from infer_fast.synthesis import Views, draw_views
+from infer_fast.synthesis.engine import capture
+from infer_fast.synthesis.plan import make_plan
+from infer_fast.synthesis.solver import Solver
 
-SIZE = (32, 32)
+
+@dataclass(frozen=True)
+class Case:
+    """What is solved: teachers, classes, square images of `size` pixels, lanes; iterations and rounds to time."""
+
+    teachers: tuple[str, ...]
+    classes: int
+    size: int
+    lanes: int
+    iterations: int
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.classes} classes {self.size}x{self.size} x {self.lanes}"
+
+
+QUICK = [Case(INFER_TEACHERS, 10, 32, 1, 2, 1)]
+CPU = [Case(INFER_TEACHERS, 10, 32, 4, 20, 3), Case(INFER_TEACHERS, 100, 32, 1, 20, 2)]
+GPU = [
+    Case(INFER_TEACHERS, 100, 32, 1, 50, 3),
+    Case(INFER_TEACHERS, 100, 32, 9, 50, 2),
+    Case(INFER_TEACHERS, 10, 32, 9, 50, 2),
+    Case(("resnet18",), 200, 64, 1, 30, 2),
+    Case(("resnet18",), 100, 224, 1, 20, 2),
+    Case(("resnet18",), 1000, 224, 1, 5, 1),
+]
+WHOLE_RUN = "cifar100-infer-ipc10"
 
 
 def main() -> None:
     options = measure.arguments(__doc__.splitlines()[0])
-    classes, iterations, rounds = (10, 3, 1) if options.quick else (100, 3, 3)
-    rows = [teacher_row(name, classes, iterations, rounds) for name in INFER_TEACHERS]
-    rows.append(total_row(rows))
-    measure.write(options.output, rows, classes=classes, iterations=iterations, rounds=rounds)
-    print(f"{classes} classes, {SIZE[0]}x{SIZE[1]}, {measure.machine()}")
+    on_gpu = torch.cuda.is_available()
+    precisions = ("float32", "tf32", "bfloat16") if on_gpu else ("float32", "bfloat16")
+    rates = {p: measure.matmul_rate(p, 2048 if options.quick or not on_gpu else 8192) for p in precisions}
+    rows: list[dict] = []
+
+    def keep(row: dict) -> None:
+        rows.append(row)
+        measure.write(options.output, rows, flops_per_second=rates)
+
+    for case in QUICK if options.quick else GPU if on_gpu else CPU:
+        own = []
+        for name in case.teachers:
+            own.append(teacher_row(name, case, rates))
+            keep(own[-1])
+        if len(own) > 1:
+            keep(total_row(own))
+    if on_gpu and not options.quick:
+        keep(whole_synthesis())
+    print(f"matrix products {', '.join(f'{p} {r / 1e12:.2f} TFLOP/s' for p, r in rates.items())}, {measure.machine()}")
     print(measure.table(rows))
 
 
-def teacher_row(name: str, classes: int, iterations: int, rounds: int) -> dict:
+def teacher_row(name: str, case: Case, rates: dict[str, float]) -> dict:
     """Milliseconds per iteration of one teacher, each way in turn."""
     device = measure.device()
-    teacher = build(name, classes, SIZE, seed=0).eval().to(device)
-    base = torch.randn(1, classes, 3, *SIZE, device=device)
-    settings = SynthesisSettings(iterations=iterations, lr=0.01, batch_size=classes)
-    views = draw_views(0, 0, [0], iterations=iterations, jitter=settings.jitter).to(device)
-    bare = without_batch_norm(teacher)
+    teacher = build(name, case.classes, (case.size, case.size), seed=0).eval().to(device)
+    base = torch.randn(case.lanes, case.classes, 3, case.size, case.size, device=device)
+    settings = SynthesisSettings(iterations=case.iterations, lr=0.01, batch_size=case.classes)
+    views = draw_views(0, 0, list(range(case.lanes)), iterations=case.iterations, jitter=settings.jitter).to(device)
+    published_fits = agrees(name, teacher, base, settings, views)
 
-    def the_published_way() -> torch.Tensor:
-        return published.solve(teacher, base[0], settings, views.shift[:, 0])
+    def the_published_way() -> None:
+        for lane in range(case.lanes):
+            published.solve(teacher, base[lane], settings, views.shift[:, lane])
 
-    def ours(precision: str) -> torch.Tensor:
-        return solve(teacher, base, settings=settings, views=views, precision=precision)[0]
+    ways: dict[str, Callable[[], object]] = {"published": the_published_way} if published_fits else {}
+    for precision in rates:
+        ways[precision] = lambda p=precision: Solver(teacher, settings=settings, precision=p).solve(base, views)
+        ways[f"floor {precision}"] = floor(teacher, base.flatten(0, 1), precision, case.iterations)
+    taken = measure.milliseconds_in_turn(ways, case.rounds, warm_up=False)  # the check has warmed up
+    return row(name, case, {way: t / case.iterations for way, t in taken.items()}, flops(teacher, base), rates)
 
-    def floor(precision: str) -> None:
-        for _ in range(iterations):
-            images = base[0].clone().contiguous(memory_format=torch.channels_last).requires_grad_()
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-                out = bare(images)
-            torch.autograd.grad(out.float().square().mean(), images)
 
-    expected, got = the_published_way(), ours("float32")
+def agrees(name: str, teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views) -> bool:
+    """Both ways compute the same compensator: 3 iterations of lane 0 in float32. False: the published one won't fit."""
+    views = Views(views.shift[:3, :1])
+    settings = replace(settings, iterations=len(views.shift))
+    try:
+        expected = published.solve(teacher, base[0], settings, views.shift[:, 0])
+    except torch.OutOfMemoryError:
+        return False
+    got = Solver(teacher, settings=settings, precision="float32").solve(base[:1], views)[0]
     error = ((got - expected).norm() / expected.norm()).item()
     if not error < 0.05:  # Adam turns the sign of a tiny gradient into a whole step: a few pixels may differ
         raise SystemExit(f"{name}: compensators differ by {error:.2g}")
-    taken = measure.milliseconds_in_turn(
-        {
-            "published": the_published_way,
-            "float32": lambda: ours("float32"),
-            "bfloat16": lambda: ours("bfloat16"),
-            "floor float32": lambda: floor("float32"),
-            "floor bfloat16": lambda: floor("bfloat16"),
-        },
-        rounds,
-    )
-    taken = {way: value / iterations for way, value in taken.items()}
-    return row(name, taken)
+    return True
 
 
-def row(name: str, taken: dict[str, float]) -> dict:
-    best = min(taken["float32"], taken["bfloat16"])
-    floor = min(taken["floor float32"], taken["floor bfloat16"])
+def floor(teacher: nn.Module, images: torch.Tensor, precision: str, iterations: int) -> Callable[[], None]:
+    """`iterations` passes, forward and input gradient, with no BatchNorm at all; one CUDA graph where there is CUDA."""
+    bare = without_batch_norm(teacher)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def once() -> None:
+        x = images.detach().requires_grad_()
+        with at_precision(images.device, precision):
+            out = bare(x)
+        torch.autograd.grad(out.float().square().mean(), x)
+
+    step = capture(once, lambda: None) if images.is_cuda else once
+
+    def run() -> None:
+        for _ in range(iterations):
+            step()
+
+    return run
+
+
+def flops(teacher: nn.Module, base: torch.Tensor) -> int:
+    """Floating-point operations of one iteration: forward and input gradient, BatchNorm and the loss not counted."""
+    bare = without_batch_norm(teacher)
+    images = base[0, :2].clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(bare(images).sum(), images)
+    return counter.get_total_flops() * base.shape[0] * base.shape[1] // 2
+
+
+def row(name: str, case: Case, taken: dict[str, float], operations: int, rates: dict[str, float]) -> dict:
+    best = min(rates, key=lambda p: taken[p])
+    least = min(taken[f"floor {p}"] for p in rates)
+    theirs = taken.get("published")
     return {
+        "case": case.name,
         "teacher": name,
-        "published ms": taken["published"],
-        "float32 ms": taken["float32"],
-        "bfloat16 ms": taken["bfloat16"],
-        "no BatchNorm float32 ms": taken["floor float32"],
-        "no BatchNorm bfloat16 ms": taken["floor bfloat16"],
-        "published / float32": taken["published"] / taken["float32"],
-        "published / best": taken["published"] / best,
-        "published / floor": taken["published"] / floor,
+        "GFLOP": operations / 1e9,
+        **{f"{way} ms": t for way, t in taken.items()},
+        **{f"published / {p}": theirs and theirs / taken[p] for p in rates},
+        "best": best,
+        "published / best": theirs and theirs / taken[best],
+        "published / floor": theirs and theirs / least,
+        "share of matrix rate": operations / rates[best] / (taken[best] / 1e3),
+        "seconds per image, 2000 iterations": 2 * taken[best] / (case.lanes * case.classes),
     }
 
 
 def total_row(rows: list[dict]) -> dict:
-    """The M = 4 cycle: times add up, the best precision is chosen per teacher."""
-    total = {key: sum(r[key] for r in rows) for key in rows[0] if key.endswith(" ms")}
-    best = sum(min(r["float32 ms"], r["bfloat16 ms"]) for r in rows)
-    floor = sum(min(r["no BatchNorm float32 ms"], r["no BatchNorm bfloat16 ms"]) for r in rows)
+    """The M = 4 cycle: times and operations add up, the best precision is chosen per teacher."""
+    total = {key: sum(r[key] for r in rows) for key in rows[0] if key.endswith(" ms") or key == "GFLOP"}
+    best = sum(r["published ms"] / r["published / best"] for r in rows)
+    least = sum(r["published ms"] / r["published / floor"] for r in rows)
+    at_rate = sum(r["share of matrix rate"] * r["published ms"] / r["published / best"] for r in rows)
+    precisions = [key.removeprefix("published / ") for key in rows[0] if key.startswith("published / ")]
     return {
+        "case": rows[0]["case"],
         "teacher": "all four",
         **total,
-        "published / float32": total["published ms"] / total["float32 ms"],
+        **{f"published / {p}": total["published ms"] / total[f"{p} ms"] for p in precisions if f"{p} ms" in total},
+        "best": "each one's",
         "published / best": total["published ms"] / best,
-        "published / floor": total["published ms"] / floor,
+        "published / floor": total["published ms"] / least,
+        "share of matrix rate": at_rate / best,
+        "seconds per image, 2000 iterations": None,
+    }
+
+
+def whole_synthesis() -> dict:
+    """All tasks of the CIFAR-100 ipc 10 recipe: ours from beginning to end, the published way for 20 iterations each."""
+    device, recipe = measure.device(), RECIPES[WHOLE_RUN]
+    plan = make_plan(recipe, 100, (32, 32))
+    settings, few = recipe.synthesis, SynthesisSettings(iterations=20, batch_size=100)
+    ours = theirs = operations = 0.0
+    for name in plan.teachers:
+        teacher = build(name, 100, (32, 32), seed=0).eval().to(device)
+        base = torch.randn(plan.k, 100, 3, 32, 32, device=device)
+        shift = torch.zeros(few.iterations, 2, dtype=torch.int64)
+        solver = Solver(teacher, settings=settings)
+        taken = measure.milliseconds_in_turn(
+            {
+                "ours": lambda s=solver, b=base: s.solve(b),
+                "published": lambda t=teacher, b=base, v=shift: published.solve(t, b[0], few, v),
+            },
+            1,
+            warm_up=False,
+        )
+        ours += taken["ours"]
+        theirs += taken["published"] * plan.k * settings.iterations / few.iterations
+        operations += flops(teacher, base) * settings.iterations
+    return {
+        "case": WHOLE_RUN,
+        "teacher": "all four",
+        "GFLOP": operations / 1e9,
+        "published ms": theirs,
+        "ours ms": ours,
+        "published / best": theirs / ours,
+        "note": "whole run; published extrapolated from 20 iterations of each teacher",
     }
 
 

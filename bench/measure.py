@@ -10,11 +10,13 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from infer_fast.ops.backend import native
+from infer_fast.models.train import at_precision
+from infer_fast.ops.backend import HAS_TRITON, native
 
 
 def device() -> torch.device:
@@ -26,10 +28,12 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds_in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def milliseconds_in_turn(
+    functions: dict[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+) -> dict[str, float]:
     """Median wall-clock milliseconds of each function, called A B C A B C ... after one warm-up round."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
+    for turn in range(0 if warm_up else 1, rounds + 1):
         for name, function in functions.items():
             synchronise()
             began = time.perf_counter()
@@ -48,12 +52,27 @@ def copy_bandwidth(elements: int = 1 << 26) -> float:
     return 2 * source.nbytes / (took / 1e3)
 
 
+def matmul_rate(precision: str, size: int) -> float:
+    """Floating-point operations per second of a size x size matrix product, in float32, tf32 or bfloat16."""
+    a, b = (torch.randn(size, size, device=device()) for _ in range(2))
+
+    def multiply() -> None:
+        with at_precision(device(), precision):
+            torch.mm(a, b)
+
+    if precision == "bfloat16":
+        a, b = a.bfloat16(), b.bfloat16()
+    took = milliseconds_in_turn({"product": multiply}, 7)["product"]
+    return 2 * size**3 / (took / 1e3)
+
+
 def machine() -> dict[str, str | int]:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": version("triton") if HAS_TRITON else "none",
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
@@ -67,8 +86,8 @@ def _processor() -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown; the first row's keys are the columns."""
-    columns = list(rows[0])
+    """The rows as Markdown; the columns are the keys of any row, in the order they come up."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
     return "\n".join(lines)

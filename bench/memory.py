@@ -9,7 +9,6 @@ GPU it is the allocator's.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -43,14 +42,14 @@ def main() -> None:
     print(measure.table(rows))
 
 
-def in_a_fresh_process(name: str, classes: int, way: str) -> int:
+def in_a_fresh_process(name: str, classes: int, way: str, chunk: int | None = None) -> int:
     """Bytes, as one_iteration prints them."""
-    program = f"from bench.memory import one_iteration; one_iteration({name!r}, {classes}, {way!r})"
+    program = f"from bench.memory import one_iteration; one_iteration({name!r}, {classes}, {way!r}, {chunk})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def one_iteration(name: str, classes: int, way: str) -> None:
+def one_iteration(name: str, classes: int, way: str, chunk: int | None = None) -> None:
     """Prints by how many bytes one iteration raised the memory in use, at its highest."""
     device = measure.device()
     teacher = build(name, classes, (32, 32), seed=0).eval().to(device)
@@ -62,25 +61,31 @@ def one_iteration(name: str, classes: int, way: str) -> None:
     if way == "published":
         published.solve(teacher, base[0], settings, views.shift[:, 0])
     else:
-        solve(teacher, base, settings=settings, views=views, precision=way)
+        solve(teacher, base, settings=settings, views=views, precision=way, chunk=chunk)
     print(_highest_bytes() - before)
 
 
 def _bytes_in_use() -> int:
+    """Bytes in use now; the highest point is counted from here."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmRSS line")
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest point is what it is now
+    return _status("VmRSS")
 
 
 def _highest_bytes() -> int:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field} line")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
 import tyro
 
-from infer_fast.errors import InferFastError, out_of_memory
+from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
 from infer_fast.ops.backend import native
 from infer_fast.recipes import RECIPES, Recipe
 
@@ -43,6 +45,7 @@ def device() -> torch.device:
 def run(job: Callable[[list[str]], None], args: list[str] | None = None) -> int:
     """Runs `job(args)` and turns what it raises into an exit code and one sentence on standard error."""
     args = sys.argv[1:] if args is None else args
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     if native() is not None:
         native().keep_freed_memory()
     try:
@@ -52,6 +55,14 @@ def run(job: Callable[[list[str]], None], args: list[str] | None = None) -> int:
     except Exception as error:
         return _fail(_sentence(error), args)
     return 0
+
+
+def _show_warning(show: Callable, message: Warning | str, category: type[Warning], *rest: object) -> None:
+    """Our own warnings are one line, like our errors; others look as they always do."""
+    if issubclass(category, InferFastWarning):
+        print(f"infer_fast: {message}", file=sys.stderr)
+    else:
+        show(message, category, *rest)
 
 
 def _fail(sentence: str, args: list[str]) -> int:

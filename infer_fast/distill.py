@@ -15,10 +15,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from tyro.conf import arg
@@ -26,21 +26,26 @@ from tyro.conf import arg
 import infer_fast
 from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet, quantise
-from infer_fast.data.files import read_tensors, write_json, write_tensors
+from infer_fast.data.files import read_json, read_tensors, write_json, write_tensors
 from infer_fast.data.images import ImageDataset, draw_of_each_class, normalise, to_bytes
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.models import MatchedTeacher, build
+from infer_fast.models.train import choose_precision
 from infer_fast.progress import stage
 from infer_fast.recipes import SKIPPED_BATCHNORMS, Recipe, SynthesisSettings
 from infer_fast.relabel import relabel
 from infer_fast.report import write_report
 from infer_fast.squeeze import Teacher, squeeze
-from infer_fast.synthesis import NonFiniteLossError, draw_views, solve
+from infer_fast.synthesis import NonFiniteLossError, draw_views
+from infer_fast.synthesis.engine import choose_engine
+from infer_fast.synthesis.memory import choose_lanes
 from infer_fast.synthesis.plan import Plan, TaskBatch, make_plan
-from infer_fast.synthesis.solver import LOG_EVERY
+from infer_fast.synthesis.solver import LOG_EVERY, Solver
 from infer_fast.synthesis.views import task_generator
 from infer_fast.validate import Row, table, validate, write_results
+
+ROOM = "room.json"
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,13 @@ class DistillOptions:
     ipc_end: int | None = None
     """task index to stop before; None: all"""
     lanes: int | None = None
-    """tasks solved side by side in one batch; None: as many as make about 256 images"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """tasks solved side by side in one batch; None: as many as fill the device and fit its free memory"""
+    chunk: int | None = None
+    """images of a task in one pass (all are matched as one batch all the same); None: all, or what fits the memory"""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """of the teachers' passes; auto: bfloat16 on a GPU, float32 elsewhere"""
-    engine: Literal["auto", "eager"] = "auto"
-    """how an iteration is run"""
+    engine: Literal["auto", "eager", "compile", "graph", "graph-compile"] = "auto"
+    """how an iteration is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     backend: Literal["auto", "reference", "native", "triton"] = "auto"
     """which implementation of the fused ops; auto: the fastest for the device"""
     dry_run: bool = False
@@ -84,6 +91,15 @@ class TaskResult:
     losses: list[float]
 
 
+class Room(NamedTuple):
+    """Of each teacher: tasks side by side, and images of a task in one pass (None: all). Kept with the run, so that it
+    goes on as it began whatever the free memory is then; made_for: what it depends on."""
+
+    lanes: list[int]
+    chunks: list[int | None]
+    made_for: list
+
+
 def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     """Runs the whole way and leaves a distilled set in syn_data_path/exp_name; returns the table's rows.
 
@@ -92,11 +108,12 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     began = time.monotonic()
     dataset = _dataset(options)
     recipe = _with_statistics(options.recipe, dataset)
-    plan = make_plan(recipe, len(dataset.classes), dataset.size, options.lanes)
-    if options.dry_run:
-        print(describe(plan, dataset, estimate(plan, recipe, dataset)))
-        return []
     folder = options.syn_data_path / (options.exp_name or recipe_name)
+    room = find_room(options, recipe, dataset, folder)
+    plan = make_plan(recipe, len(dataset.classes), dataset.size, room.lanes)
+    if options.dry_run:
+        print(describe(plan, dataset, room, estimate(plan, recipe, dataset)))
+        return []
     base = _base_images(dataset, recipe, plan, options.init_path)
     clock = {"dataset": time.monotonic() - began}
 
@@ -112,7 +129,8 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     clock["squeeze"] = time.monotonic() - began
 
     began = time.monotonic()
-    results = synthesise(plan, teachers, base, recipe.synthesis, folder, options)
+    write_json(folder / ROOM, room._asdict())
+    results = synthesise(plan, teachers, base, recipe.synthesis, folder, options, room.chunks)
     clock["synthesis"] = time.monotonic() - began
     if results is None:
         last = _end(options, plan) - 1
@@ -122,7 +140,8 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     began = time.monotonic()
     distilled = relabel(assemble(plan, base, results, dataset), teachers)
     distilled = replace(
-        distilled, card=_card(distilled, dataset, recipe, recipe_name, plan, teachers, results, options, folder, clock)
+        distilled,
+        card=_card(distilled, dataset, recipe, recipe_name, plan, teachers, results, options, room, folder, clock),
     )
     distilled.save(folder)
     clock["relabel"] = time.monotonic() - began
@@ -159,22 +178,29 @@ def synthesise(
     settings: SynthesisSettings,
     folder: Path,
     options: DistillOptions,
+    chunks: Sequence[int | None],
 ) -> dict[tuple[int, int, int], TaskResult] | None:
     """Solves the plan's tasks, each saved the moment it is done; tasks already on the disk are read back.
 
-    base: uint8 (C, k, 3, H, W). Returns {(teacher, index, first class): result}, or None when tasks outside
-    --ipc-start..--ipc-end are still missing. Raises InferFastError naming the tasks whose loss became NaN or infinite.
+    base: uint8 (C, k, 3, H, W); chunks: images of a task in one pass, for each teacher (None: all).
+    Returns {(teacher, index, first class): result}, or None when tasks outside --ipc-start..--ipc-end are still
+    missing. Raises InferFastError naming the tasks whose loss became NaN or infinite.
     """
     tasks = folder / "tasks" / _task_key(plan, teachers, base, settings, options)
     wanted = range(options.ipc_start, _end(options, plan))
     failed: list[str] = []
+    solver = None
     with stage("synthesis", plan.tasks * plan.iterations, "task iterations") as running:
         for batch in plan.batches:
             paths = [_task_path(tasks, plan, batch, index) for index in batch.indices]
             if all(p.is_file() for p in paths) or not any(index in wanted for index in batch.indices):
                 running.advance(len(paths) * plan.iterations)
                 continue
-            failed += _solve_batch(batch, paths, teachers[batch.teacher], base, settings, options, running.advance)
+            teacher = teachers[batch.teacher]
+            if solver is None or solver.teacher is not teacher.network:
+                solver = None  # what it holds on the device goes first
+                solver = _solver(teacher, settings, options, chunks[batch.teacher])
+            failed += _solve_batch(batch, paths, solver, teacher.name, base, running.advance)
     if failed:
         raise InferFastError(
             f"The loss became NaN or infinite in {', '.join(failed)}: lower --lr or --r-bn; the other tasks are saved."
@@ -190,44 +216,50 @@ def synthesise(
     return {key: _read_task(path) for key, path in found.items()}
 
 
+def _solver(teacher: Teacher, settings: SynthesisSettings, options: DistillOptions, chunk: int | None) -> Solver:
+    return Solver(
+        teacher.network,
+        settings=replace(settings, skip_bn=(*settings.skip_bn, *_skipped(teacher.name))),
+        backend=None if options.backend == "auto" else options.backend,
+        engine=options.engine,
+        precision=options.precision,
+        chunk=chunk,
+    )
+
+
 def _solve_batch(
     batch: TaskBatch,
     paths: list[Path],
-    teacher: Teacher,
+    solver: Solver,
+    name: str,
     base: torch.Tensor,
-    settings: SynthesisSettings,
-    options: DistillOptions,
     advance: Callable[[float], None],
 ) -> list[str]:
     """Solves one batch of lanes and saves each lane's result; returns a sentence part for each lane that diverged."""
-    device = next(teacher.network.parameters()).device
+    settings, device = solver.settings, next(solver.teacher.parameters()).device
     classes = torch.arange(batch.first_class, batch.last_class)
-    own = replace(settings, skip_bn=(*settings.skip_bn, *_skipped(teacher.name)))
     losses: list[list[float]] = [[] for _ in batch.indices]
+    furthest = [0 for _ in batch.indices]  # a lane that ran out of memory starts anew
 
     def on_iteration(lanes: range, done: int, latest: torch.Tensor) -> None:
-        advance(len(lanes) * (done - LOG_EVERY * len(losses[lanes[0]])))
         for lane, loss in zip(lanes, latest.tolist(), strict=True):
-            losses[lane].append(loss)
+            losses[lane] = [*losses[lane][: (done - 1) // LOG_EVERY], loss]
+            advance(max(0, done - furthest[lane]))
+            furthest[lane] = max(done, furthest[lane])
 
     failures: dict[int, int] = {}
     try:
-        result = solve(
-            teacher.network,
+        result = solver.solve(
             _start(batch, classes, base, settings).to(device),
-            settings=own,
-            views=draw_views(
+            draw_views(
                 settings.seed,
                 batch.teacher,
                 list(batch.indices),
                 iterations=settings.iterations,
                 jitter=settings.jitter,
             ),
-            backend=None if options.backend == "auto" else options.backend,
-            engine=options.engine,
-            precision=options.precision,
-            targets=classes.to(device),
-            on_iteration=on_iteration,
+            classes.to(device),
+            on_iteration,
         )
     except NonFiniteLossError as error:
         result, failures = error.result, error.failures
@@ -235,8 +267,7 @@ def _solve_batch(
         if lane not in failures:
             write_tensors(path, {"optimised": result[lane], "losses": torch.tensor(losses[lane])})
     return [
-        f"teacher {teacher.name}, index {batch.indices[lane]}, iteration {iteration}"
-        for lane, iteration in failures.items()
+        f"teacher {name}, index {batch.indices[lane]}, iteration {iteration}" for lane, iteration in failures.items()
     ]
 
 
@@ -276,19 +307,43 @@ def assemble(
     return DistilledSet(stored, compensators, logits, dataset.mean, dataset.std, dataset.classes)
 
 
-def describe(plan: Plan, dataset: ImageDataset, seconds: dict[str, float]) -> str:
+def find_room(options: DistillOptions, recipe: Recipe, dataset: ImageDataset, folder: Path) -> Room:
+    """The lanes and chunks of each teacher: what was asked for, else what this run began with, else what fits now."""
+    device, names = cli.device(), list(recipe.arch_name)
+    images, settings = min(recipe.synthesis.batch_size, len(dataset.classes)), recipe.synthesis
+    made_for = [names, images, list(dataset.size), recipe.ipc, settings.optimise, options.precision, device.type]
+    path = folder / ROOM
+    lanes = chunks = None
+    if path.is_file() and (written := read_json(path))["made_for"] == made_for:
+        lanes, chunks = written["lanes"], written["chunks"]
+    elif options.lanes is None:
+        found = []
+        for name in names:
+            network = build(name, len(dataset.classes), dataset.size, seed=0).to(device)
+            found.append(choose_lanes(network, images, dataset.size, options.precision, recipe.ipc))
+        lanes, chunks = (list(each) for each in zip(*found, strict=True))
+    if options.lanes is not None:
+        lanes, chunks = [options.lanes] * len(names), [None] * len(names)
+    if options.chunk is not None:
+        chunks = [options.chunk] * len(names)
+    return Room(lanes, chunks, made_for)
+
+
+def describe(plan: Plan, dataset: ImageDataset, room: Room, seconds: dict[str, float]) -> str:
     """The plan in words: tasks, bytes against the budget, estimated time."""
     share = 100 * plan.image_bytes / plan.budget_bytes
     whole = dataset.train.images.nbytes
     what = f"{plan.compensators} compensators" if plan.compensators else "optimised images"
     lanes = max(len(b.indices) for b in plan.batches)
+    chunked = [f"{n} of {name}" for name, n in zip(plan.teachers, room.chunks, strict=True) if n is not None]
+    chunks = f" ({', '.join(chunked)} images in one pass)" if chunked else ""
     spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
     lines = [
         f"dataset    {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
         f"of {plan.size[0]}x{plan.size[1]}, {plan.classes} classes",
         f"teachers   {', '.join(plan.teachers)}",
         f"tasks      {plan.tasks} tasks of {plan.iterations} iterations, in {len(plan.batches)} batches of up to "
-        f"{lanes} lanes",
+        f"{lanes} lanes{chunks}",
         f"stored     k = {plan.k} base images per class, {what}: {plan.stored_images:,} images for "
         f"{plan.instances:,} instances",
         f"images     {plan.image_bytes:,} bytes of a budget of {plan.budget_bytes:,} ({share:.1f} %; "
@@ -387,10 +442,20 @@ def _task_key(
         "settings": asdict(settings),
         "teachers": [t.sha256 for t in teachers],
         "base": hashlib.sha256(base.numpy().data).hexdigest(),
-        "batches": [asdict(b) for b in plan.batches],
-        "how": [options.precision, options.engine, options.backend, cli.device().type],
+        "how": list(_how(options).values()),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _how(options: DistillOptions) -> dict[str, str]:
+    """What `auto` became, for the card and for the tasks' key."""
+    device = cli.device()
+    return {
+        "precision": choose_precision(device, options.precision),
+        "engine": choose_engine(options.engine, device),
+        "backend": options.backend,
+        "device": device.type,
+    }
 
 
 def _task_path(folder: Path, plan: Plan, batch: TaskBatch, index: int) -> Path:
@@ -412,6 +477,7 @@ def _card(
     teachers: list[Teacher],
     results: dict[tuple[int, int, int], TaskResult],
     options: DistillOptions,
+    room: Room,
     folder: Path,
     clock: dict[str, float],
 ) -> dict:
@@ -454,7 +520,7 @@ def _card(
             {"teacher": plan.teachers[m], "index": j, "first_loss": r.losses[0], "last_loss": r.losses[-1]}
             for (m, j, _), r in sorted(results.items())
         ],
-        "how": {"precision": options.precision, "engine": options.engine, "backend": options.backend},
+        "how": {**_how(options), "lanes": room.lanes, "chunks": room.chunks},
         "versions": {
             "infer_fast": infer_fast.__version__,
             "torch": torch.__version__,

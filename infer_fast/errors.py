@@ -13,6 +13,10 @@ class DiskError(InferFastError):
     """A file could not be written; nothing that was there before is lost."""
 
 
+class InferFastWarning(UserWarning):
+    """Something the user should know of, in one sentence; the work goes on."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the machine's or the device's memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -16,6 +16,7 @@ WORKSPACE = (
     1.6  # a pass's highest point over what it keeps for backward: outputs, gradients, the libraries' own buffers
 )
 PROBE = 2  # images
+FILL_PIXELS = {"cuda": 2**20, "cpu": 2**18}  # of a batch: with more, another lane no longer makes the device faster
 CONTROL_GROUPS = (  # a container's limit: folder, limit and use, in both versions of the kernel's interface
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -60,6 +61,21 @@ def images_that_fit(teacher: nn.Module, size: tuple[int, int], precision: str) -
     """How many images one pass of `teacher` can take, at least 1."""
     device = next(teacher.parameters()).device
     return max(1, int(SHARE * free_bytes(device) / bytes_per_image(teacher, size, precision)))
+
+
+def choose_lanes(
+    teacher: nn.Module, images: int, size: tuple[int, int], precision: str, most: int
+) -> tuple[int, int | None]:
+    """How many tasks of `images` images to solve side by side, at most `most`, and the chunk (None: all the images).
+
+    As many lanes as fill the device and fit the free memory; a single lane that does not fit is passed in chunks.
+    """
+    fit = images_that_fit(teacher, size, precision)
+    if fit < images:
+        return 1, fit
+    device = next(teacher.parameters()).device
+    filling = FILL_PIXELS.get(device.type, FILL_PIXELS["cpu"]) // (images * size[0] * size[1])
+    return max(1, min(most, filling, fit // images)), None
 
 
 def _machine_bytes() -> int:

@@ -6,13 +6,12 @@ batches, and so the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infer_fast.data.distilled import QUANTISATION_BYTES
 from infer_fast.errors import InferFastError
 from infer_fast.recipes import Recipe, base_images_per_class
-
-LANE_IMAGES = 256  # lanes are added until a batch has about this many images
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ class Plan:
         return self.ipc * self.classes * 3 * self.size[0] * self.size[1]
 
 
-def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | Sequence[int] = 1) -> Plan:
     """The plan of `recipe` for a dataset of `classes` classes and images of `size`.
 
-    lanes: tasks per batch; None picks as many as make about LANE_IMAGES images.
+    lanes: tasks per batch, for all teachers or for each.
     Raises InferFastError when ipc is too small for one base image per class, or a batch for all classes.
     """
     settings = recipe.synthesis
@@ -82,8 +81,9 @@ def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | 
         raise InferFastError(f"ipc {recipe.ipc} is no budget: it must be at least 1 image per class.")
     if not recipe.arch_name:
         raise InferFastError("No teacher was named: give at least one with --arch-name.")
-    if lanes is not None and lanes < 1:
-        raise InferFastError(f"{lanes} lanes were asked for: it must be at least 1.")
+    each = [lanes] * len(recipe.arch_name) if isinstance(lanes, int) else list(lanes)
+    if min(each) < 1:
+        raise InferFastError(f"{min(each)} lanes were asked for: it must be at least 1.")
     if settings.optimise == "images":
         k, teachers, chunk = recipe.ipc, range(1), settings.batch_size
     else:
@@ -95,12 +95,11 @@ def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | 
             )
     if chunk < 1:
         raise InferFastError(f"batch size {settings.batch_size} is too small: it must be at least 1.")
-    together = lanes or max(1, LANE_IMAGES // min(chunk, classes))
     batches = tuple(
-        TaskBatch(teacher, tuple(range(first, min(first + together, k))), low, min(low + chunk, classes))
+        TaskBatch(teacher, tuple(range(first, min(first + each[teacher], k))), low, min(low + chunk, classes))
         for teacher in teachers
         for low in range(0, classes, chunk)
-        for first in range(0, k, together)
+        for first in range(0, k, each[teacher])
     )
     return Plan(recipe.arch_name, classes, size, recipe.ipc, k, settings.optimise, settings.iterations, batches)
 

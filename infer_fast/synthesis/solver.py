@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from infer_fast.errors import InferFastError, out_of_memory
+from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.models.train import choose_precision
 from infer_fast.recipes import SynthesisSettings
@@ -158,7 +158,7 @@ class Solver:
             smaller = self._settle_for_less(len(lanes), base.shape[1])
             if smaller is None:
                 raise
-        warnings.warn(f"Out of memory with {smaller}.", stacklevel=4)
+        warnings.warn(f"Out of memory with {smaller}.", InferFastWarning, stacklevel=4)
         self._forget()  # outside the except block, which holds on to the frames that ran out
         return None
 
@@ -195,10 +195,8 @@ class Solver:
     def _prepare(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> Loop:
         """The loop for these tasks: the last one with its data replaced if it fits, else a new one."""
         if self.settings.steps:
-            self._loop, self._matched = (
-                None,
-                self._match(adjusted_teacher(self.teacher, base, targets, self.settings, views)),
-            )
+            self._loop = None
+            self._matched = self._match(adjusted_teacher(self.teacher, base, targets, self.settings, views))
         elif self._matched is None:
             self._matched = self._match(self.teacher)
         if self._loop is None or self._loop.problem.base.shape != base.shape:
@@ -268,6 +266,12 @@ def start_state(problem: Problem, views: Views) -> AdamState:
     )
 
 
+def zero_unless_finite(gradient: torch.Tensor) -> torch.Tensor:
+    """A lane whose gradient is not finite stays where it was: it can't disturb anything it shares memory with."""
+    finite = gradient.flatten(1).isfinite().all(dim=1).view(-1, *[1] * (gradient.dim() - 1))
+    return torch.where(finite, gradient, torch.zeros((), device=gradient.device))
+
+
 def adam_step(
     optimised: torch.Tensor,
     m: torch.Tensor,
@@ -278,11 +282,8 @@ def adam_step(
 ) -> None:
     """Adam (arXiv 1412.6980, algorithm 1) with betas 0.5, 0.9 and iteration counter's learning rate, in place.
 
-    All as in AdamState. A lane whose gradient is not finite stays where it was, so that it can't disturb anything it
-    shares memory with.
+    All as in AdamState.
     """
-    finite = gradient.flatten(1).isfinite().all(dim=1).view(-1, *[1] * (gradient.dim() - 1))
-    gradient = torch.where(finite, gradient, torch.zeros((), device=gradient.device))
     time = (counter + 1).to(torch.float32)
     m.lerp_(gradient, 1 - BETA1)
     v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
@@ -296,7 +297,7 @@ def iterate(problem: Problem, state: AdamState, adam: Callable = adam_step) -> N
     loss, gradient = problem.loss_and_gradient(state.optimised, shift)
     with torch.no_grad():
         state.losses.index_copy_(0, state.counter, loss.unsqueeze(0))
-        adam(state.optimised, state.m, state.v, gradient, state.lr, state.counter)
+        adam(state.optimised, state.m, state.v, zero_unless_finite(gradient), state.lr, state.counter)
         problem.clamp_(state.optimised)
         state.counter += 1
 

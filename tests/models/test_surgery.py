@@ -26,7 +26,7 @@ def trained_looking(name, generator, size=(32, 32)):
 
 
 def smooth(network):
-    """SiLU in the place of ReLU: within rounding of 0, ReLU flips whole elements of the gradient in any float32 code."""
+    """SiLU in the place of ReLU, which flips whole elements of any float32 gradient within rounding of 0."""
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, (nn.ReLU, nn.ReLU6)):

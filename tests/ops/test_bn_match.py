@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops import bn_match
+from infer_fast.ops import bn_match, bn_match_statistics
 from infer_fast.ops.backend import native
-from infer_fast.ops.bn_match import _backward, _forward
+from infer_fast.ops.bn_match import _backward, _forward, pooled
 
 SHAPES = [
     (6, 5, 4, 3),
@@ -108,6 +108,8 @@ def test_backends_equal_the_float64_reference(generator, where, shape, layout, d
     slow = (backend, device) == ("triton", "cpu")
     if slow and (math.prod(shape) > 8000 or (lanes == 1 and shape != SHAPES[0])):
         pytest.skip("too slow in the interpreter")
+    if slow and shape[1] > 100 and (layout, dtype) == ("contiguous", torch.bfloat16):
+        pytest.skip("too slow in the interpreter: a program for each channel and lane")
     parts = arguments(shape, generator, dtype)
     exact_parts = [p.double() for p in parts]
     parts = [p.to(device) for p in parts]
@@ -192,7 +194,7 @@ def test_the_number_of_threads_changes_no_bit(generator, layout):
 def test_registered_operators_pass_opcheck(generator, activation):
     x, *vectors = arguments((4, 3, 5, 5), generator, torch.float32)
     for residual in (None, torch.randn(x.shape, requires_grad=True)):
-        inputs = (x.clone().requires_grad_(), residual, *vectors, 1e-5, activation, 2, 3.0, "native")
+        inputs = (x.clone().requires_grad_(), residual, *vectors, None, None, 1e-5, activation, 2, 3.0, "native")
         torch.library.opcheck(_forward, inputs)
         y, penalty, mean, var, mask = _forward(*inputs)
         kept = residual.detach() if residual is not None and activation == "silu" else None
@@ -216,6 +218,50 @@ def test_only_x_and_one_bit_per_element_are_kept(generator):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             bn_match(x.clone().requires_grad_(), *vectors, 1e-5, residual=residual, activation="relu", backend="native")
         assert sum(kept.values()) <= x.nbytes + mask + 6 * 8 * 4 + 8
+
+
+@pytest.mark.parametrize("where", [pytest.param(("reference", "cpu"), id="reference"), *DEVICES])
+@pytest.mark.parametrize(
+    ("layout", "activation", "with_residual"), [("contiguous", "relu", True), ("channels_last", "silu", False)]
+)
+def test_chunks_of_a_batch_are_matched_as_the_whole(generator, where, layout, activation, with_residual):
+    """2 lanes of 7 images, passed as 3, 3 and 1: penalty and gradients of the whole in float64."""
+    backend, device = where
+    lanes, sizes = 2, (3, 3, 1)
+    x, *vectors = arguments((14, 6, 5, 3), generator, torch.float32)
+    residual = draw(generator, 14, 6, 5, 3).float() if with_residual else None
+    upstream = draw(generator, 14, 6, 5, 3), torch.tensor([0.7, 1.3], dtype=torch.float64)
+    options = {"activation": activation, "lanes": lanes}
+    exact_residual = None if residual is None else residual.double()
+    exact = value_and_gradients(
+        (x.double(), *[v.double() for v in vectors]),
+        exact_residual,
+        upstream,
+        backend="reference",
+        r_var=3.0,
+        **options,
+    )
+
+    def chunks(t):
+        parts = t.view(lanes, 7, 6, 5, 3).split(sizes, dim=1)
+        return [p.flatten(0, 1).to(device).contiguous(memory_format=LAYOUTS[layout]) for p in parts]
+
+    vectors = [v.to(device) for v in vectors]
+    residuals = [None] * 3 if residual is None else chunks(residual)
+    options |= {"backend": backend}
+    statistics = [
+        bn_match_statistics(c, *vectors, 1e-5, residual=r, **options)[1]
+        for c, r in zip(chunks(x), residuals, strict=True)
+    ]
+    whole = pooled(statistics, sizes)
+    gradients = []
+    for c, r, g, size in zip(chunks(x), residuals, chunks(upstream[0].float()), sizes, strict=True):
+        scaled = g, upstream[1].to(device) * size / 7
+        _, penalty, *both = value_and_gradients((c, *vectors), r, scaled, r_var=3.0, whole=whole, **options)
+        assert relative_error(penalty.cpu(), exact[1]) < 1e-5
+        gradients.append([t.cpu().view(lanes, size, 6, 5, 3) for t in both])
+    for ours, expected in zip(zip(*gradients, strict=True), exact[2:], strict=True):
+        assert relative_error(torch.cat(ours, dim=1).flatten(0, 1), expected) < 1e-4
 
 
 def test_trained_weights_get_their_gradient(generator):
