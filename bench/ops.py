@@ -9,6 +9,8 @@ the share is that floor at the measured copy bandwidth over the time taken.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -28,12 +30,10 @@ def main() -> None:
     rounds = 5 if options.quick else 25
     shapes = SHAPES[2:] if options.quick else SHAPES + GPU_SHAPES * torch.cuda.is_available()
     dtypes = [torch.float32, torch.bfloat16]
-    rows = [
-        bn_match_row(shape, channels_last, dtype, bandwidth, rounds)
-        for shape in shapes
-        for dtype in dtypes
-        for channels_last in (False, True)
-    ]
+    rows = []
+    for shape, dtype, channels_last in product(shapes, dtypes, (False, True)):
+        rows.append(bn_match_row(shape, channels_last, dtype, bandwidth, rounds))
+        measure.write(options.output, rows, copy_bandwidth=bandwidth)
     rows.append(perturb_row(bandwidth, rounds))
     measure.write(options.output, rows, copy_bandwidth=bandwidth)
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, {measure.machine()}")

@@ -113,6 +113,7 @@ class Solver:
         self.teacher, self.settings, self.backend = teacher, settings, backend
         self.engine, self.precision = choose_engine(engine, device), choose_precision(device, precision)
         self.lanes, self.chunk = lanes, chunk
+        self._any_engine = engine == "auto"
         self._matched: MatchedTeacher | None = None
         self._loop: Loop | None = None
 
@@ -179,7 +180,7 @@ class Solver:
             torch.cuda.empty_cache()
 
     def _batch(self, base, views, targets, lanes: range, on_iteration) -> tuple[torch.Tensor, dict[int, int]]:
-        loop = self._prepare(base, views, targets)
+        loop = self.prepare(base, views, targets)
         state, iterations = loop.state, self.settings.iterations
         for done in range(1, iterations + 1):
             loop.step()
@@ -192,8 +193,8 @@ class Solver:
         result = state.optimised if self.settings.optimise == "images" else state.optimised[:, 0]
         return result.clone(), failed_lanes(state.losses[:done].cpu())
 
-    def _prepare(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> Loop:
-        """The loop for these tasks: the last one with its data replaced if it fits, else a new one."""
+    def prepare(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> Loop:
+        """The loop for these tasks, ready to step: the last one with its data replaced if it fits, else a new one."""
         if self.settings.steps:
             self._loop = None
             self._matched = self._match(adjusted_teacher(self.teacher, base, targets, self.settings, views))
@@ -202,10 +203,24 @@ class Solver:
         if self._loop is None or self._loop.problem.base.shape != base.shape:
             self._loop = None  # frees what it holds before the next one is made
             problem = Problem(self._matched, base.clone(), targets.clone(), self.settings, self.precision, self.chunk)
-            self._loop = Loop(problem, start_state(problem, views), self.engine)
+            self._loop = self._start(problem, start_state(problem, views))
         else:
             self._loop.take(base, views, targets)
         return self._loop
+
+    def _start(self, problem: Problem, state: AdamState) -> Loop:
+        """The loop under the engine; eager, with a warning, if auto chose a graph and the teacher can't be captured."""
+        try:
+            return Loop(problem, state, self.engine)
+        except RuntimeError as error:
+            if not self._any_engine or self.engine == "eager" or out_of_memory(error):
+                raise
+            reason = str(error).strip().split("\n")[0]
+        self.engine = "eager"
+        warnings.warn(f"No CUDA graph of this teacher ({reason}): going on eager.", InferFastWarning, stacklevel=5)
+        loop = Loop(problem, state, self.engine)
+        loop.restart()  # from whatever the attempt left behind
+        return loop
 
     def _match(self, teacher: nn.Module) -> MatchedTeacher:
         return MatchedTeacher(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from infer_fast.errors import InferFastWarning
 from infer_fast.synthesis import draw_views, solve
 from infer_fast.synthesis.engine import choose_engine
 from infer_fast.synthesis.solver import Solver
@@ -17,6 +18,26 @@ def test_compiled_equals_eager(generator):
     solver = Solver(network, settings=SETTINGS, engine="compile", chunk=2)
     for _ in range(2):  # the second time on what the first one compiled
         assert (solver.solve(base) - expected).norm() / expected.norm() < 1e-4
+
+
+def test_auto_goes_on_eager_where_a_graph_fails_and_a_forced_graph_does_not(generator, monkeypatch):
+    """A capture that breaks after an iteration, as a teacher with data-dependent control flow would have it."""
+
+    def broken(iterate, restore):
+        iterate()
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("infer_fast.synthesis.solver.capture", broken)
+    network, base = teacher_and_base(generator)
+    expected = solve(network, base, settings=SETTINGS)
+    solver = Solver(network, settings=SETTINGS)
+    solver.engine = "graph"  # as auto chooses it on CUDA
+    with pytest.warns(InferFastWarning, match="not permitted.*going on eager"):
+        assert torch.equal(solver.solve(base), expected)
+    forced = Solver(network, settings=SETTINGS, engine="eager")
+    forced.engine = "graph"
+    with pytest.raises(RuntimeError, match="not permitted"):
+        forced.solve(base)
 
 
 @pytest.mark.gpu
@@ -41,7 +62,7 @@ def test_nothing_waits_for_the_device_between_logs(generator, engine):
     solver = Solver(network.cuda(), settings=SETTINGS, engine=engine)
     solver.solve(base.cuda())
     views = draw_views(0, 0, [0, 1, 2], iterations=20, jitter=2).to(torch.device("cuda"))
-    loop = solver._prepare(base.cuda(), views, torch.arange(base.shape[1], device="cuda"))
+    loop = solver.prepare(base.cuda(), views, torch.arange(base.shape[1], device="cuda"))
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
