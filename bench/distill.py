@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import measure, published
 from infer_fast.models import build
+from infer_fast.models.engine import capture
 from infer_fast.models.surgery import freeze_convolutions
 from infer_fast.models.train import at_precision
 from infer_fast.recipes import INFER_TEACHERS, RECIPES, SynthesisSettings
 from infer_fast.synthesis import Views, draw_views
-from infer_fast.synthesis.engine import capture
 from infer_fast.synthesis.plan import make_plan
 from infer_fast.synthesis.solver import Solver
 

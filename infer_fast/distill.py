@@ -31,6 +31,7 @@ from infer_fast.data.images import ImageDataset, draw_of_each_class, normalise, 
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.models import MatchedTeacher, build
+from infer_fast.models.engine import choose_engine
 from infer_fast.models.train import choose_precision
 from infer_fast.progress import stage
 from infer_fast.recipes import SKIPPED_BATCHNORMS, Recipe, SynthesisSettings
@@ -38,7 +39,6 @@ from infer_fast.relabel import relabel
 from infer_fast.report import write_report
 from infer_fast.squeeze import Teacher, squeeze
 from infer_fast.synthesis import NonFiniteLossError, draw_views
-from infer_fast.synthesis.engine import choose_engine
 from infer_fast.synthesis.memory import choose_lanes
 from infer_fast.synthesis.plan import Plan, TaskBatch, make_plan
 from infer_fast.synthesis.solver import LOG_EVERY, Solver

@@ -31,6 +31,8 @@ class SqueezeSettings:
     """random crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip (off for digits, where a mirror image is another thing)"""
+    engine: Literal["auto", "eager", "compile", "graph", "graph-compile"] = "auto"
+    """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
 
@@ -91,14 +93,21 @@ class StudentSettings:
     """weight decay"""
     temperature: Annotated[float, arg(aliases=["-T"])] = 30.0
     """softmax temperature of the soft-label loss"""
-    mix_type: Literal["mixup", "none"] = "mixup"
+    mix_type: Literal["mixup", "cutmix", "none"] = "mixup"
     """mixing of pairs of instances (inputs and labels with the same weight)"""
     mix_alpha: float = 0.8
-    """MixUp's Beta(alpha, alpha)"""
+    """MixUp's and CutMix's Beta(alpha, alpha)"""
+    labels: tuple[Literal["static", "dynamic"], ...] = ("static",)
+    """soft labels: static, stored once per instance; dynamic, the teachers label every augmented and mixed batch (for
+    epochs divided by teachers + 1); both make a row each"""
     padding: int = 4
     """random crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip"""
+    loader: Literal["auto", "fused", "dali", "torch"] = "auto"
+    """what makes the batches; auto: fused, one kernel from the stored bytes"""
+    engine: Literal["auto", "eager", "compile", "graph", "graph-compile"] = "auto"
+    """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
 

@@ -5,7 +5,9 @@ python -m infer_fast.relabel --syn-data-path runs/digits      # labels a distill
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet, load
 from infer_fast.data.files import write_json
 from infer_fast.data.images import normalise
-from infer_fast.models.train import predict
+from infer_fast.models.train import at_precision, predict
 from infer_fast.progress import stage
 from infer_fast.squeeze import Teacher, load_teacher
 
@@ -39,6 +41,21 @@ def label_images(images: torch.Tensor, mean: tuple, std: tuple, teachers: list[T
     """The teachers' averaged logits float32 (N, C) for real images uint8 (N, 3, H, W), rounded to float16 as stored."""
     total = sum(predict(t.network, lambda p: normalise(images[p], mean, std), len(images)) for t in teachers)
     return (total / len(teachers)).half().float()
+
+
+def dynamic_labels(teachers: list[Teacher], precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that labels a batch as a student sees it: the teachers' averaged logits, float32 (B, C).
+
+    The "dynamic" labels of INFER (arXiv 2408.06927, section 4.1): nothing is stored but the teachers.
+    """
+    networks = [copy.deepcopy(t.network).eval().to(memory_format=torch.channels_last) for t in teachers]
+
+    @torch.no_grad()
+    def label(images: torch.Tensor) -> torch.Tensor:
+        with at_precision(images.device, precision):
+            return sum(network(images).float() for network in networks) / len(networks)
+
+    return label
 
 
 def teachers_of(distilled: DistilledSet, folder: Path) -> list[Teacher]:

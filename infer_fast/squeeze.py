@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ from tyro.conf import arg
 from infer_fast import cli
 from infer_fast.data.files import read_tensors, write_tensors
 from infer_fast.data.images import ImageDataset, normalise
-from infer_fast.data.loader import Augmentation, batches, resident_split
+from infer_fast.data.loader import Augmentation, Composer, Draw, batches, resident_split
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
@@ -113,16 +114,25 @@ def _train(dataset: ImageDataset, name: str, network: nn.Module, settings: Squee
             augmentation=Augmentation(settings.padding, settings.flip),
             generator=torch.Generator().manual_seed(seed),
         )
-        fit(network, _counted(stream, running), hard_loss, schedule, precision=settings.precision)
+        draws = _counted(stream, running)
+        fit(
+            network,
+            draws,
+            hard_loss,
+            schedule,
+            make=Composer(resident),
+            precision=settings.precision,
+            engine=settings.engine,
+        )
         reached = measured_accuracy(network, dataset)
         running.note(f"test accuracy {reached:.2f} %")
     return reached
 
 
-def _counted(stream, running: Stage):
-    for images, targets in stream:
-        yield images, targets
-        running.advance(len(images))
+def _counted(stream: Iterable[Draw], running: Stage) -> Iterator[Draw]:
+    for draw in stream:
+        yield draw
+        running.advance(len(draw.positions))
 
 
 def _import(dataset: ImageDataset, name: str, network: nn.Module, checkpoint: Path) -> float:

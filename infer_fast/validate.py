@@ -26,18 +26,18 @@ from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet, load
 from infer_fast.data.files import read_json, write_json
 from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, normalise
-from infer_fast.data.loader import Augmentation, ResidentSet, batches, resident_distilled, resident_split
+from infer_fast.data.loader import Augmentation, ResidentSet, choose_loader, feed, resident_distilled, resident_split
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict, soft_loss
 from infer_fast.progress import Stage, stage
 from infer_fast.recipes import Recipe, StudentSettings
-from infer_fast.relabel import label_images, teachers_of
+from infer_fast.relabel import dynamic_labels, label_images, teachers_of
 from infer_fast.squeeze import Teacher
 
 MEASUREMENTS = 5  # accuracies taken along a student's training, the last one at its end
-SOFT, HARD = "soft labels", "hard labels"
+SOFT, DYNAMIC, HARD = "soft labels", "dynamic labels", "hard labels"
 Compare = Literal["none", "random", "all"]
 
 
@@ -45,18 +45,21 @@ Compare = Literal["none", "random", "all"]
 class Row:
     """One row of the table: what a student was trained on and how good it got.
 
-    instances: training instances; image_bytes, label_bytes: what they weigh; last: test accuracy in percent after the
-    last epoch, one per seed; best: the highest of the MEASUREMENTS along the way.
+    instances: training instances; updates: training steps; image_bytes, label_bytes: what the set weighs; last: test
+    accuracy in percent after the last epoch, one per seed; best: the highest of the MEASUREMENTS along the way; top5:
+    top-5 accuracy after the last epoch.
     """
 
     network: str
     trained_on: str
     labels: str
     instances: int
+    updates: int
     image_bytes: int
     label_bytes: int
     last: tuple[float, ...]
     best: tuple[float, ...]
+    top5: tuple[float, ...]
 
     @property
     def mean(self) -> float:
@@ -77,6 +80,10 @@ class Candidate:
     image_bytes: int
     label_bytes: int
     resident: Callable[[int], ResidentSet]
+    label: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """makes the labels of every batch while the student trains (dynamic labels)"""
+    teachers: tuple[str, ...] = ()
+    """hashes of the teachers that label dynamically, for whose number the epochs are divided"""
 
 
 class ResultStore:
@@ -115,18 +122,18 @@ def validate(
     """
     if seeds < 1:
         raise InferFastError(f"{seeds} seeds were asked for: at least 1 is needed.")
-    candidates = _candidates(distilled, dataset, teachers, ipc, compare)
+    candidates = _candidates(distilled, dataset, teachers, ipc, compare, settings)
     per_epoch = -(-len(distilled) // settings.batch_size)
     results = ResultStore(store)
     rows = []
-    total = len(settings.networks) * len(candidates) * seeds * settings.epochs * per_epoch
+    total = len(settings.networks) * seeds * sum(_updates(c, settings, per_epoch) for c in candidates)
     with stage("validate", total, "updates") as running:
         for network in settings.networks:
             for candidate in candidates:
                 each = []
                 for s in range(seed, seed + seeds):
                     each.append(_student(candidate, dataset, network, settings, per_epoch, s, results, running))
-                rows.append(_row(network, candidate, each))
+                rows.append(_row(network, candidate, each, _updates(candidate, settings, per_epoch)))
     return rows
 
 
@@ -134,21 +141,26 @@ def table(rows: list[Row], whole_bytes: int) -> str:
     """The rows as a Markdown table; whole_bytes: the training split's images, what shares are taken of."""
     seeds = len(rows[0].last)
     head = [
-        "| student | trained on | labels | instances | images, bytes | labels, bytes "
-        f"| accuracy % (mean ± std, n={seeds}) | best % |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| student | trained on | labels | instances | updates | images, bytes | labels, bytes "
+        f"| accuracy % (mean ± std, n={seeds}) | best % | top-5 % |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     body = [
-        f"| {r.network} | {r.trained_on} | {r.labels} | {r.instances:,} "
+        f"| {r.network} | {r.trained_on} | {r.labels} | {r.instances:,} | {r.updates:,} "
         f"| {r.image_bytes:,} ({100 * r.image_bytes / whole_bytes:.3g} %) | {r.label_bytes:,} "
-        f"| {r.mean:.2f} ± {r.std:.2f} | {statistics.fmean(r.best):.2f} |"
+        f"| {r.mean:.2f} ± {r.std:.2f} | {statistics.fmean(r.best):.2f} | {statistics.fmean(r.top5):.2f} |"
         for r in rows
     ]
     return "\n".join(head + body)
 
 
 def _candidates(
-    distilled: DistilledSet, dataset: ImageDataset, teachers: list[Teacher], ipc: int, compare: Compare
+    distilled: DistilledSet,
+    dataset: ImageDataset,
+    teachers: list[Teacher],
+    ipc: int,
+    compare: Compare,
+    settings: StudentSettings,
 ) -> list[Candidate]:
     device, c = dataset.train.images.device, len(dataset.classes)
     label = 1 if c <= 256 else 2  # bytes of a hard label
@@ -172,12 +184,28 @@ def _candidates(
             "whole dataset", HARD, dataset.train.images.nbytes, label * len(dataset.train), lambda _: resident
         )
 
+    def with_soft_labels(candidate: Candidate) -> list[Candidate]:
+        """The candidate itself for static labels, and once more for dynamic ones, as the settings ask."""
+        made = {"static": candidate}
+        if "dynamic" in settings.labels:
+            weights = sum(p.nbytes for t in teachers for p in t.network.state_dict().values())
+            label = dynamic_labels(teachers, settings.precision)
+            made["dynamic"] = replace(
+                candidate, labels=DYNAMIC, label_bytes=weights, label=label, teachers=tuple(t.sha256 for t in teachers)
+            )
+        return [made[kind] for kind in dict.fromkeys(settings.labels)]
+
+    ours, real = (with_soft_labels(made) for made in (distilled_set(True), random_real(True)))
     rows = {
-        "none": [distilled_set(True)],
-        "random": [distilled_set(True), random_real(True)],
-        "all": [distilled_set(True), distilled_set(False), random_real(True), random_real(False), whole_dataset()],
+        "none": ours,
+        "random": [*ours, *real],
+        "all": [*ours, distilled_set(False), *real, random_real(False), whole_dataset()],
     }
     return rows[compare]
+
+
+def _updates(candidate: Candidate, settings: StudentSettings, per_epoch: int) -> int:
+    return per_epoch * max(1, settings.epochs // (len(candidate.teachers) + 1))
 
 
 def _random_real(dataset: ImageDataset, ipc: int, seed: int, teachers: list[Teacher] | None) -> ResidentSet:
@@ -199,14 +227,15 @@ def _student(
     results: ResultStore,
     running: Stage,
 ) -> dict:
-    """{"instances", "last", "best"} of one student, from the store if it is there."""
+    """{"instances", "last", "best", "top5"} of one student, from the store if it is there."""
     resident = candidate.resident(seed)
-    key = _key(resident, dataset, network, settings, seed)
-    updates = settings.epochs * per_epoch
+    key = _key(candidate, resident, dataset, network, settings, seed)
+    updates = _updates(candidate, settings, per_epoch)
     result = results.get(key)
     if result is None:
-        measured = _train(resident, dataset, network, settings, per_epoch, seed, running)
-        result = {"instances": len(resident), "last": measured[-1], "best": max(measured)}
+        measured = _train(resident, candidate.label, dataset, network, settings, updates, per_epoch, seed, running)
+        best = max(top1 for top1, _ in measured)
+        result = {"instances": len(resident), "last": measured[-1][0], "best": best, "top5": measured[-1][1]}
         results.put(key, result)
     else:
         running.advance(updates)
@@ -215,17 +244,18 @@ def _student(
 
 def _train(
     resident: ResidentSet,
+    label: Callable[[torch.Tensor], torch.Tensor] | None,
     dataset: ImageDataset,
     name: str,
     settings: StudentSettings,
+    updates: int,
     per_epoch: int,
     seed: int,
     running: Stage,
-) -> list[float]:
-    """Test accuracies in percent along one student's training, the last one at its end."""
+) -> list[tuple[float, float]]:
+    """Top-1 and top-5 test accuracies in percent along one student's training, the last ones at its end."""
     device = dataset.train.images.device
     network = build(name, len(dataset.classes), dataset.size, seed=seed).to(device)
-    updates = settings.epochs * per_epoch
     moments = {-(-updates * part // MEASUREMENTS) for part in range(1, MEASUREMENTS + 1)}
     measured = []
 
@@ -234,45 +264,57 @@ def _train(
         if done in moments:
             test = dataset.test
             logits = predict(network, lambda p: normalise(test.images[p], dataset.mean, dataset.std), len(test))
-            measured.append(accuracy(logits, test.labels))
+            measured.append((accuracy(logits, test.labels), accuracy(logits, test.labels, top=5)))
 
-    stream = batches(
+    stream, make = feed(
+        settings.loader,
         resident,
         batch_size=settings.batch_size,
         updates=updates,
-        augmentation=Augmentation(
-            settings.padding, settings.flip, settings.mix_alpha if settings.mix_type == "mixup" else 0.0
-        ),
+        augmentation=Augmentation(settings.padding, settings.flip, settings.mix_type, settings.mix_alpha),
         generator=torch.Generator().manual_seed(seed),
     )
     schedule = Schedule(settings.optimizer, settings.lr, settings.weight_decay, settings.momentum, updates, per_epoch)
     loss = soft_loss(settings.temperature) if resident.soft else hard_loss
-    fit(network, stream, loss, schedule, precision=settings.precision, on_update=measure)
+    how = {"precision": settings.precision, "engine": settings.engine}
+    fit(network, stream, loss, schedule, make=make, label=label, on_update=measure, **how)
     return measured
 
 
-def _row(network: str, candidate: Candidate, each: list[dict]) -> Row:
+def _row(network: str, candidate: Candidate, each: list[dict], updates: int) -> Row:
     return Row(
         network,
         candidate.trained_on,
         candidate.labels,
         each[0]["instances"],
+        updates,
         candidate.image_bytes,
         candidate.label_bytes,
         tuple(e["last"] for e in each),
         tuple(e["best"] for e in each),
+        tuple(e["top5"] for e in each),
     )
 
 
-def _key(resident: ResidentSet, dataset: ImageDataset, network: str, settings: StudentSettings, seed: int) -> str:
+def _key(
+    candidate: Candidate,
+    resident: ResidentSet,
+    dataset: ImageDataset,
+    network: str,
+    settings: StudentSettings,
+    seed: int,
+) -> str:
     """What a student's accuracy depends on, as a hash."""
     digest = hashlib.sha256(dataset.fingerprint.encode())
     tensors = [resident.base, resident.base_index, resident.compensator_index, resident.targets]
     for tensor in [*tensors, *(resident.compensators or ())]:
         if tensor is not None:
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-    training = {k: v for k, v in asdict(settings).items() if k != "networks"}
-    digest.update(json.dumps([network, training, seed], sort_keys=True).encode())
+    training = {k: v for k, v in asdict(settings).items() if k not in ("networks", "labels")}
+    training["loader"] = choose_loader(settings.loader)
+    digest.update(json.dumps([network, training, candidate.labels, seed], sort_keys=True).encode())
+    if candidate.label is not None:
+        digest.update("".join(candidate.teachers).encode())
     return digest.hexdigest()[:24]
 
 
@@ -320,7 +362,8 @@ def _main(args: list[str]) -> None:
         raise InferFastError(
             f"{data['name']} is not the dataset this set was distilled from (its fingerprint differs)."
         )
-    teachers = [] if options.compare == "none" else teachers_of(distilled, options.syn_data_path)
+    needed = options.compare != "none" or "dynamic" in options.student.labels
+    teachers = teachers_of(distilled, options.syn_data_path) if needed else []
     output = options.output_dir or options.syn_data_path
     rows = validate(
         distilled,

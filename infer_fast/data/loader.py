@@ -1,9 +1,18 @@
-"""Batches for training, from a set that stays resident on the device as bytes."""
+"""Batches for training, from a set that stays resident on the device as bytes.
+
+Two steps: the random numbers of an epoch are drawn on the host and sent over at once (`batches`); a batch is then
+made on the device, with nothing read back (`Composer`), so that a training step can be captured together with the
+making of its batch.
+
+`feed` picks the loader: fused (one kernel from the stored bytes to the batch), torch (the same in plain PyTorch), or
+dali (infer_fast.data.dali). All three draw from the same distribution of augmentations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +20,45 @@ from torch.nn import functional as F
 
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.images import Split
+from infer_fast.errors import InferFastError
 from infer_fast.ops import Quantised, compose
+
+LOADERS = ("auto", "fused", "dali", "torch")
+MIXES = ("mixup", "cutmix", "none")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop with `padding` black pixels on each side, horizontal flip, MixUp with Beta(alpha, alpha)."""
+    """Random crop with `padding` black pixels on each side, horizontal flip, then MixUp or CutMix of pairs.
+
+    mix_alpha: of the Beta(alpha, alpha) that mixing draws its weight from (MixUp, arXiv 1710.09412; CutMix, arXiv
+    1905.04899): one weight, and one box, for a batch.
+    """
 
     padding: int = 0
     flip: bool = False
-    mix_alpha: float = 0.0
+    mix: str = "none"
+    mix_alpha: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.mix not in MIXES:
+            raise InferFastError(f"{self.mix!r} is not a way of mixing: choose one of {', '.join(MIXES)}.")
+
+
+class Draw(NamedTuple):
+    """The random numbers of one batch of B instances; None for what is not wanted.
+
+    positions: int64 (B,), which instances; shift: int64 (B, 2), rows and columns of the crop; flip: bool (B,); weight:
+    float32 (1,), of an image against its partner; partner: int64 (B,), positions in the batch; box: int64 (4,),
+    CutMix's top, left, bottom and right.
+    """
+
+    positions: torch.Tensor
+    shift: torch.Tensor | None
+    flip: torch.Tensor | None
+    weight: torch.Tensor | None
+    partner: torch.Tensor | None
+    box: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +85,11 @@ class ResidentSet:
     def soft(self) -> bool:
         """Whether the targets are teachers' logits."""
         return self.targets.is_floating_point()
+
+    def targets_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Logits, or class probabilities, float32 (B, C)."""
+        targets = self.targets[positions]
+        return targets if self.soft else F.one_hot(targets, self.classes).float()
 
     def to(self, device: torch.device) -> ResidentSet:
         """The same set on `device`."""
@@ -77,6 +120,36 @@ def resident_split(
     return ResidentSet(split.images, index, None, None, targets, classes, mean, std)
 
 
+def choose_loader(loader: str) -> str:
+    """What `loader` means for a resident set: auto is fused. Raises InferFastError for an unknown one."""
+    if loader not in LOADERS:
+        raise InferFastError(f"{loader!r} is not a loader: choose one of {', '.join(LOADERS)}.")
+    return "fused" if loader == "auto" else loader
+
+
+def feed(
+    loader: str,
+    resident: ResidentSet,
+    *,
+    batch_size: int,
+    updates: int,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+) -> tuple[Iterator[tuple], Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+    """(batches, make) for infer_fast.models.train.fit: `updates` batches of `resident` through `loader`.
+
+    make(*batch) gives images float32 (B, 3, H, W) normalised and targets float32 (B, C). Every epoch is one shuffle;
+    its last batch may be short. Raises InferFastError for an unknown loader, or dali where it is not installed.
+    """
+    options = {"batch_size": batch_size, "updates": updates, "augmentation": augmentation, "generator": generator}
+    chosen = choose_loader(loader)
+    if chosen == "dali":
+        from infer_fast.data import dali
+
+        return dali.resident_batches(resident, **options), dali.finish
+    return batches(resident, **options), Composer(resident, backend="reference" if chosen == "torch" else None)
+
+
 def batches(
     resident: ResidentSet,
     *,
@@ -84,51 +157,116 @@ def batches(
     updates: int,
     augmentation: Augmentation,
     generator: torch.Generator,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`updates` batches (images, targets), epoch after epoch; each epoch is one shuffle, its last batch may be short.
+) -> Iterator[Draw]:
+    """The draws of `updates` batches, on the set's device; Composer(resident) makes the batches.
 
-    Targets are mixed as the images are: logits (B, C) for soft sets, class probabilities (B, C) for hard ones.
+    Each epoch is one shuffle, whose last batch may be short.
     """
-    done = 0
+    done, size = 0, tuple(resident.base.shape[-2:])
     while done < updates:
         order = torch.randperm(len(resident), generator=generator)
-        for positions in order.split(batch_size)[: updates - done]:
-            yield draw_batch(resident, positions, augmentation, generator)
-            done += 1
+        spans = order.split(batch_size)[: updates - done]
+        epoch = [_draw(positions, size, augmentation, generator) for positions in spans]
+        for alike in (epoch[:-1], epoch[-1:]):
+            yield from _sent(alike, resident.base.device)
+        done += len(epoch)
 
 
-def draw_batch(
-    resident: ResidentSet, positions: torch.Tensor, augmentation: Augmentation, generator: torch.Generator
+def _draw(positions: torch.Tensor, size: tuple[int, int], how: Augmentation, generator: torch.Generator) -> Draw:
+    count, pad = len(positions), how.padding
+    shift = torch.randint(-pad, pad + 1, (count, 2), generator=generator) if pad else None
+    flip = (torch.rand(count, generator=generator) < 0.5) if how.flip else None
+    weight = partner = box = None
+    if how.mix != "none" and how.mix_alpha > 0:
+        weight = beta(how.mix_alpha, generator)
+        partner = torch.randperm(count, generator=generator)
+    if how.mix == "cutmix" and weight is not None:
+        box, weight = cutmix_box(weight, size, generator)
+    return Draw(positions, shift, flip, weight, partner, box)
+
+
+def _sent(draws: list[Draw], device: torch.device) -> Iterator[Draw]:
+    """Draws of batches of one size, sent to the device in one piece per field."""
+    if not draws:
+        return
+    stacked = []
+    for parts in zip(*draws, strict=True):
+        whole = None if parts[0] is None else torch.stack(parts)
+        if whole is not None and device.type == "cuda":
+            whole = whole.pin_memory().to(device, non_blocking=True)
+        stacked.append(whole)
+    for i in range(len(draws)):
+        yield Draw(*(None if whole is None else whole[i] for whole in stacked))
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Makes batches of `resident` from their draws: images float32 (B, 3, H, W) normalised, targets float32 (B, C).
+
+    Targets are mixed as the images are: logits for soft sets, class probabilities for hard ones. backend: of compose;
+    reference is plain PyTorch. Runs on the device alone, so it can be captured.
+    """
+
+    resident: ResidentSet
+    backend: str | None = None
+
+    def __call__(
+        self,
+        positions: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        flip: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+        partner: torch.Tensor | None = None,
+        box: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own, mixes = self.resident, weight is not None and box is None  # MixUp is made with the batch, CutMix after it
+        index = own.compensator_index
+        images = compose(
+            own.base,
+            own.base_index[positions],
+            own.compensators,
+            None if index is None else index[positions],
+            shift=shift,
+            flip=flip,
+            lam=weight.expand(len(positions)) if mixes else None,
+            partner=partner if mixes else None,
+            mean=own.mean,
+            std=own.std,
+            backend=self.backend,
+        )
+        if box is not None:
+            images = torch.where(inside(box, images.shape), images[partner], images)
+        return images, mixed(own.targets_at(positions), weight, partner)
+
+
+def mixed(values: torch.Tensor, weight: torch.Tensor | None, partner: torch.Tensor | None) -> torch.Tensor:
+    """weight * values + (1 - weight) * values of the partners; as they are without a weight."""
+    return values if weight is None else weight * values + (1 - weight) * values[partner]
+
+
+def inside(box: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Which pixels of images (..., H, W) are in `box` int64 (4,): bool (H, W)."""
+    rows = torch.arange(shape[-2], device=box.device).view(-1, 1)
+    columns = torch.arange(shape[-1], device=box.device).view(1, -1)
+    return (rows >= box[0]) & (rows < box[2]) & (columns >= box[1]) & (columns < box[3])
+
+
+def cutmix_box(
+    weight: torch.Tensor, size: tuple[int, int], generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch at these positions, with fresh augmentation: images float32 (B, 3, H, W) and targets float32 (B, C)."""
-    device, count, pad = resident.base.device, len(positions), augmentation.padding
-    shift = torch.randint(-pad, pad + 1, (count, 2), generator=generator).to(device) if pad else None
-    flip = (torch.rand(count, generator=generator) < 0.5).to(device) if augmentation.flip else None
-    lam = partner = None
-    if augmentation.mix_alpha > 0:
-        lam = beta(augmentation.mix_alpha, generator).expand(count).to(device)
-        partner = torch.randperm(count, generator=generator).to(device)
-    positions = positions.to(device)
-    index = resident.compensator_index
-    images = compose(
-        resident.base,
-        resident.base_index[positions],
-        resident.compensators,
-        None if index is None else index[positions],
-        shift=shift,
-        flip=flip,
-        lam=lam,
-        partner=partner,
-        mean=resident.mean,
-        std=resident.std,
-    )
-    targets = resident.targets[positions]
-    if not resident.soft:
-        targets = F.one_hot(targets, resident.classes).float()
-    if lam is not None:
-        weight = lam.view(-1, 1)
-        targets = weight * targets + (1 - weight) * targets[partner]
-    return images, targets
+    """CutMix's box (top, left, bottom, right) int64 (4,) and the weight (1,) that is left of the image itself.
+
+    The box has 1 - weight of the image's area around a uniform centre and is cut at the borders; the weight is then
+    what the box leaves (arXiv 1905.04899, section 3.1).
+    """
+    height, width = size
+    share = (1 - weight.item()) ** 0.5
+    cut_height, cut_width = int(height * share), int(width * share)
+    row, column = (int(torch.randint(0, n, (1,), generator=generator)) for n in size)
+    top, bottom = max(0, row - cut_height // 2), min(height, row + cut_height // 2)
+    left, right = max(0, column - cut_width // 2), min(width, column + cut_width // 2)
+    area = (bottom - top) * (right - left)
+    return torch.tensor([top, left, bottom, right]), torch.tensor([1 - area / (height * width)])
 
 
 def beta(alpha: float, generator: torch.Generator) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
+from infer_fast.models.engine import Replayed, choose_engine
 
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 
@@ -47,7 +49,10 @@ def at_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimiser and its schedule: `updates` steps, cosine to 0, stepped once per `updates_per_epoch`."""
+    """The optimiser and its schedule: `updates` steps, cosine to 0, stepped once per `updates_per_epoch`.
+
+    warm_up: epochs in which the rate first rises linearly, from warm_up_from times lr to lr (the cosine comes after).
+    """
 
     optimizer: str
     lr: float
@@ -55,6 +60,15 @@ class Schedule:
     momentum: float
     updates: int
     updates_per_epoch: int
+    warm_up: int = 0
+    warm_up_from: float = 0.01
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate of `epoch`, counted from 0."""
+        if epoch < self.warm_up:
+            return self.lr * (self.warm_up_from + (1 - self.warm_up_from) * epoch / self.warm_up)
+        epochs = max(1, -(-self.updates // self.updates_per_epoch) - self.warm_up)
+        return self.lr * (1 + math.cos(math.pi * (epoch - self.warm_up) / epochs)) / 2
 
 
 def soft_loss(temperature: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -73,38 +87,57 @@ def hard_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, targets)
 
 
+def as_given(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batches are whole already."""
+    return images, targets
+
+
 def fit(
     network: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     schedule: Schedule,
     *,
+    make: Callable[..., tuple[torch.Tensor, torch.Tensor]] = as_given,
+    label: Callable[[torch.Tensor], torch.Tensor] | None = None,
     precision: str = "auto",
+    engine: str = "auto",
     on_update: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """Trains `network` in place on (images, targets) and leaves it in eval mode, weights float32 and channels_last.
+    """Trains `network` in place and leaves it in eval mode, weights float32 and channels_last.
 
-    precision: of the forward and backward pass, auto is bfloat16 on CUDA and float32 elsewhere.
-    on_update(done) is called after every update. Raises InferFastError when the weights became NaN or infinite.
+    batches: tuples of device tensors (or None) of which make(*batch) makes images (B, 3, H, W) and targets (B, C), as
+    part of the step. label(images), if given, makes the targets instead: dynamic soft labels. precision and engine:
+    see at_precision and infer_fast.models.engine. on_update(done) is called after every update.
+    Nothing waits for the device between updates. Raises InferFastError when the weights became NaN or infinite.
     """
-    network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last).train()
     device = next(network.parameters()).device
-    optimizer = _optimizer(network, schedule)
-    epochs = max(1, -(-schedule.updates // schedule.updates_per_epoch))
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    network.train()
-    for done, (images, targets) in enumerate(batches, start=1):
+    chosen = choose_engine(engine, device)
+    optimizer = _optimizer(network, schedule, captured=chosen.startswith("graph"))
+    if chosen in ("compile", "graph-compile"):
+        network.compile()
+
+    def step(*batch: torch.Tensor | None) -> None:
+        images, targets = make(*batch)
+        images = images.contiguous(memory_format=torch.channels_last)
+        if label is not None:
+            targets = label(images)
         optimizer.zero_grad(set_to_none=True)
         with at_precision(device, precision):
-            logits = network(images.contiguous(memory_format=torch.channels_last))
+            logits = network(images)
         loss(logits.float(), targets).backward()
         optimizer.step()
-        if done % schedule.updates_per_epoch == 0:
-            cosine.step()
+
+    run = Replayed(step) if chosen.startswith("graph") else step
+    for done, batch in enumerate(batches, start=1):
+        if (done - 1) % schedule.updates_per_epoch == 0:
+            _set_rate(optimizer, schedule.rate((done - 1) // schedule.updates_per_epoch))
+        run(*batch)
         if on_update is not None:
-            network.eval()
             on_update(done)
-            network.train()
+            if not network.training:
+                network.train()
     if not all(p.isfinite().all() for p in network.parameters()):
         raise InferFastError(
             f"Training of {type(network).__name__} diverged (weights are NaN or infinite): lower its learning rate "
@@ -126,18 +159,25 @@ def predict(
     return torch.cat(logits)
 
 
-def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Top-1 accuracy in percent."""
-    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+def accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
+    """Top-k accuracy in percent (100 where there are no more than k classes)."""
+    best = logits.topk(min(top, logits.shape[1]), dim=1).indices
+    return 100 * (best == labels.view(-1, 1)).any(dim=1).double().mean().item()
 
 
-def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+def _optimizer(network: nn.Module, schedule: Schedule, *, captured: bool) -> torch.optim.Optimizer:
+    """captured: the learning rate is a device tensor, so that a CUDA graph reads this epoch's."""
+    device = next(network.parameters()).device
+    lr = torch.tensor(schedule.lr, device=device) if captured else schedule.lr
+    shared = {"lr": lr, "weight_decay": schedule.weight_decay, "fused": True}
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
-    return torch.optim.SGD(
-        network.parameters(),
-        lr=schedule.lr,
-        momentum=schedule.momentum,
-        weight_decay=schedule.weight_decay,
-        fused=True,
-    )
+        return torch.optim.AdamW(network.parameters(), capturable=captured, **shared)
+    return torch.optim.SGD(network.parameters(), momentum=schedule.momentum, **shared)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

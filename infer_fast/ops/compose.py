@@ -8,6 +8,7 @@ One gather, one write: nothing of the dataset is kept in floating point.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -173,7 +174,7 @@ def _compose(
         from infer_fast.kernels import compose as kernels
 
         if out.numel():
-            statistics = torch.tensor([mean, std], dtype=torch.float32).to(base.device, non_blocking=True)
+            statistics = _statistics(tuple(mean), tuple(std), base.device)
             compensators = None if values is None else held[2:5]
             kernels.compose(*held[:2], compensators, *held[5:], statistics, out)
         return out
@@ -190,6 +191,12 @@ def _compose(
         torch.get_num_threads(),
     )
     return out
+
+
+@lru_cache(maxsize=16)
+def _statistics(mean: tuple, std: tuple, device: torch.device) -> torch.Tensor:
+    """mean and std on the device, float32 (2, 3): sent once, for a copy from the host would end a capture."""
+    return torch.tensor([mean, std], dtype=torch.float32, device=device)
 
 
 @_compose.register_fake

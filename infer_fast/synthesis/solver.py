@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
+from infer_fast.models.engine import capture, choose_engine, compiled, compiling
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.models.train import choose_precision
 from infer_fast.recipes import SynthesisSettings
-from infer_fast.synthesis.engine import capture, choose_engine, compiled, compiling
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views
 
@@ -72,7 +72,7 @@ def solve(
     teacher: any module with BatchNorm2d that maps (B, 3, H, W) to logits (B, classes); it is copied, never changed.
     base: float32 (L, C, 3, H, W), normalised. views: the random draws (T iterations, L lanes); by default those of
     tasks (teacher 0, index 0..L-1) under settings.seed. targets: int64 (C,), the class of each image of a lane
-    (default 0..C-1). engine: see infer_fast.synthesis.engine. precision: float32, tf32 or bfloat16 is the teacher's
+    (default 0..C-1). engine: see infer_fast.models.engine. precision: float32, tf32 or bfloat16 is the teacher's
     pass, losses and u stay float32; auto is bfloat16 on CUDA and float32 elsewhere. lanes: at most so many tasks in one
     batch (default: all). chunk: at most so many images of a lane in one pass (default: all C); the result is the same.
     Both are halved, with a warning, when the memory does not suffice. on_iteration(lanes, done, losses on the CPU, one

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from infer_fast.errors import InferFastWarning
+from infer_fast.models.engine import choose_engine
 from infer_fast.synthesis import draw_views, solve
-from infer_fast.synthesis.engine import choose_engine
 from infer_fast.synthesis.solver import Solver
 from tests.synthesis.test_solver import SETTINGS, teacher_and_base
 

@@ -1,0 +1,125 @@
+"""How an iteration of synthesis or a training step is run: the only place where anything is compiled or captured.
+
+    eager          PyTorch as it is
+    compile        torch.compile of the network's pass (and of Adam's step in synthesis)
+    graph          the whole iteration (view, pass, penalty, backward, Adam, schedule) or training step (batch from the
+                   stored bytes, pass, loss, backward, optimiser) as a CUDA graph that is replayed
+    graph-compile  the compiled iteration, captured and replayed
+
+A replay costs the host one call, however many kernels the iteration launches. Everything an iteration reads and writes
+is a device tensor that stays where it is (see AdamState in infer_fast.synthesis.solver), so one capture serves every
+iteration and every batch of tasks of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from infer_fast.errors import InferFastError
+
+ENGINES = ("auto", "eager", "compile", "graph", "graph-compile")
+WARM_UP = 3  # iterations before a capture: libraries choose their algorithms, Triton tunes its kernels
+RECOMPILATIONS = 1024  # dynamo counts per function, and every teacher runs through the same ones
+
+
+def choose_engine(engine: str, device: torch.device) -> str:
+    """What `engine` means on `device`: auto is a CUDA graph on CUDA and eager elsewhere.
+
+    Compilation is never chosen unasked. On a CPU it was measured: 8 to 128 s per teacher to compile, and an iteration
+    then 0.3 to 1.4 times as fast as an eager one, because the fused operators leave little to fuse.
+    Raises InferFastError for an unknown engine, or a graph where there is no CUDA.
+    """
+    if engine not in ENGINES:
+        raise InferFastError(f"{engine!r} is not an engine: choose one of {', '.join(ENGINES)}.")
+    if engine.startswith("graph") and device.type != "cuda":
+        raise InferFastError(f"The engine {engine} needs a CUDA device, this run is on {device.type}: choose eager.")
+    if engine == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    return engine
+
+
+def compiled(teacher: nn.Module, adam_step: Callable) -> Callable:
+    """Has `teacher` compiled in place, and returns `adam_step` compiled."""
+    teacher.compile(dynamic=False)
+    return torch.compile(adam_step, dynamic=False)
+
+
+def compiling():
+    """The context in which compiled functions are called: many teachers in one process are not a mistake."""
+    return torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, accumulated_recompile_limit=RECOMPILATIONS)
+
+
+@contextmanager
+def measured_convolutions():
+    """cuDNN measures its algorithms for shapes it has not met, and keeps the fastest ones."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def side_stream():
+    """A stream of its own, in step with the current one: what runs before a capture has to run on one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(iterate: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+    """`iterate` as a CUDA graph: call what is returned to run it once more.
+
+    restore() puts back what the warm-up changed; iterate must read and write the same tensors each time.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with measured_convolutions():
+        with side_stream():
+            for _ in range(WARM_UP):
+                iterate()
+                restore()
+        with torch.cuda.graph(graph):
+            iterate()
+    return graph.replay
+
+
+class Replayed:
+    """A training step as CUDA graphs, one for each shape of its inputs, which are copied into the graph's own tensors.
+
+    The first WARM_UP steps of a shape run as they are: they train too. step(*inputs) takes tensors or None, returns
+    nothing, and changes nothing but the network, the optimiser and the device's random state.
+    """
+
+    def __init__(self, step: Callable[..., None]):
+        self.step = step
+        self.seen: Counter[tuple] = Counter()
+        self.graphs: dict[tuple, tuple[list[torch.Tensor | None], torch.cuda.CUDAGraph]] = {}
+
+    def __call__(self, *inputs: torch.Tensor | None) -> None:
+        shapes = tuple(None if t is None else (*t.shape, t.dtype) for t in inputs)
+        if shapes not in self.graphs:
+            if self.seen[shapes] < WARM_UP:
+                self.seen[shapes] += 1
+                with measured_convolutions(), side_stream():
+                    self.step(*inputs)
+                return
+            self.graphs[shapes] = self._capture(inputs)
+        own, graph = self.graphs[shapes]
+        for mine, given in zip(own, inputs, strict=True):
+            if mine is not None:
+                mine.copy_(given, non_blocking=True)
+        graph.replay()
+
+    def _capture(self, inputs: tuple) -> tuple[list[torch.Tensor | None], torch.cuda.CUDAGraph]:
+        own = [None if t is None else t.clone() for t in inputs]
+        graph = torch.cuda.CUDAGraph()
+        with measured_convolutions(), torch.cuda.graph(graph):
+            self.step(*own)
+        return own, graph
