@@ -1,0 +1,216 @@
+"""NVIDIA DALI pipelines: augmentation of a resident set; decoding and augmentation of folders of JPEG and PNG files.
+
+On a GPU the pipelines decode and augment there; the same code runs on the CPU without one. Which images come in which
+order is decided here, not in DALI: an epoch is one shuffle, nothing is lost or doubled at its end, and shards share
+nothing. DALI draws crops and flips, from a seed of the given generator.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from PIL import Image
+
+from infer_fast.data.loader import Augmentation, ResidentSet, batches, inside, mixed
+from infer_fast.errors import InferFastError
+from infer_fast.ops import compose
+
+THREADS = 4
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # RandomResizedCrop's share of the image and aspect ratio
+RESIZE = 256 / 224  # a test image's shorter side over the crop taken from its centre
+
+
+def resident_batches(
+    resident: ResidentSet, *, batch_size: int, updates: int, augmentation: Augmentation, generator: torch.Generator
+) -> Iterator[tuple]:
+    """`updates` batches of a resident set, cropped, flipped and normalised by DALI: what `finish` takes.
+
+    (images float32 (B, 3, H, W), targets (B, C), weight, partner, box), see Draw. Raises InferFastError without DALI.
+    """
+    plain = Augmentation(mix=augmentation.mix, mix_alpha=augmentation.mix_alpha)
+    waiting: deque[tuple] = deque()
+
+    def instances() -> Iterator[torch.Tensor | np.ndarray]:
+        for draw in batches(resident, batch_size=batch_size, updates=updates, augmentation=plain, generator=generator):
+            waiting.append((resident.targets_at(draw.positions), draw.weight, draw.partner, draw.box))
+            index = resident.compensator_index
+            pixels = compose(
+                resident.base,
+                resident.base_index[draw.positions],
+                resident.compensators,
+                None if index is None else index[draw.positions],
+                mean=(0.0, 0.0, 0.0),
+                std=(1.0, 1.0, 1.0),
+            )
+            yield pixels if pixels.is_cuda else pixels.numpy()
+
+    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
+    size = tuple(resident.base.shape[-2:])
+
+    def augment(fn: ModuleType, types: ModuleType, device: str):
+        images = fn.external_source(source=instances(), batch=True, layout="CHW", dtype=types.FLOAT, device=device)
+        if augmentation.padding:
+            shifts = list(range(-augmentation.padding, augmentation.padding + 1))
+            start = fn.random.uniform(values=shifts, shape=[2], dtype=types.INT32)
+            images = fn.slice(
+                images, start=start, shape=size, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
+            )
+        return _normalised(fn, types, images, resident.mean, resident.std, augmentation.flip)
+
+    for (images,) in _run(augment, batch_size, resident.base.device, seed):
+        yield images, *waiting.popleft()
+
+
+def finish(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor | None,
+    partner: torch.Tensor | None,
+    box: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MixUp or CutMix of augmented images (B, 3, H, W) and targets (B, C)."""
+    if box is not None:
+        images = torch.where(inside(box, images.shape), images[partner], images)
+    else:
+        images = mixed(images, weight, partner)
+    return images, mixed(targets, weight, partner)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A folder of class folders as DALI reads it: files, their classes int64 (N,), the classes' names."""
+
+    files: tuple[Path, ...]
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+
+
+def file_batches(
+    source: ImageFiles,
+    *,
+    size: int,
+    batch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    training: bool,
+    generator: torch.Generator | None = None,
+    shard: int = 0,
+    shards: int = 1,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One epoch of a shard: images float32 (B, 3, size, size), normalised, and classes int64 (B,), on `device`.
+
+    training: RandomResizedCrop (area 0.08..1) and flip, shuffled by `generator` (the same on every rank); else the
+    shorter side resized to 256/224 of size, centre crop, in order. Shard s of n takes every n-th image from s on.
+    Grey and CMYK files become RGB. Raises InferFastError naming a file that can't be decoded, or without DALI.
+    """
+    if not 0 <= shard < shards:
+        raise InferFastError(f"shard {shard} of {shards}: it must be one of 0..{shards - 1}.")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    order = torch.randperm(len(source.files), generator=generator) if training else torch.arange(len(source.files))
+    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
+    own = order[shard::shards]
+    waiting: deque[torch.Tensor] = deque()
+
+    def encoded() -> Iterator[list[np.ndarray]]:
+        for positions in own.split(batch_size):
+            waiting.append(positions)
+            yield [np.fromfile(source.files[p], dtype=np.uint8) for p in positions.tolist()]
+
+    def decode(fn: ModuleType, types: ModuleType, where: str):
+        files = fn.external_source(source=encoded(), batch=True, dtype=types.UINT8, ndim=1)
+        decoder = "mixed" if where == "gpu" else "cpu"
+        if training:
+            images = fn.decoders.image_random_crop(
+                files, device=decoder, output_type=types.RGB, random_area=AREA, random_aspect_ratio=RATIO
+            )
+            images = fn.resize(images, size=[size, size], antialias=True)
+        else:
+            images = fn.decoders.image(files, device=decoder, output_type=types.RGB)
+            images = fn.resize(images, resize_shorter=round(size * RESIZE), antialias=True)
+            images = fn.crop(images, crop=[size, size])
+        pixels = [[255 * v for v in values] for values in (mean, std)]
+        return _normalised(fn, types, images, *pixels, training)
+
+    try:
+        for (images,) in _run(decode, batch_size, device, seed + shard):
+            yield images, source.labels[waiting.popleft()].to(device, non_blocking=True)
+    except RuntimeError as error:
+        read = [source.files[p] for positions in waiting for p in positions.tolist()]
+        broken = next((path for path in read if not _decodes(path)), None)
+        if broken is None:
+            raise
+        raise InferFastError(f"{broken} is no image that can be decoded: remove or replace it.") from error
+
+
+def _normalised(fn: ModuleType, types: ModuleType, images, mean: Sequence[float], std: Sequence[float], flip: bool):
+    mirror = fn.random.coin_flip() if flip else 0
+    return fn.crop_mirror_normalize(
+        images, mirror=mirror, mean=list(mean), std=list(std), output_layout="CHW", dtype=types.FLOAT
+    )
+
+
+def _run(build: Callable, batch_size: int, device: torch.device, seed: int) -> Iterator[list[torch.Tensor]]:
+    """The outputs of a pipeline, batch after batch until its source ends; build(fn, types, "cpu" or "gpu") makes it."""
+    fn, types, pipeline = _dali()
+    on_gpu = device.type == "cuda"
+    running = pipeline(batch_size, THREADS, (device.index or 0) if on_gpu else None, seed=seed)
+    with running:
+        running.set_outputs(build(fn, types, "gpu" if on_gpu else "cpu"))
+    while True:
+        try:
+            outputs = running.run()
+        except StopIteration:
+            return
+        yield [_tensor(output, device) for output in outputs]
+
+
+def _tensor(output, device: torch.device) -> torch.Tensor:
+    """A pipeline's output, all samples of one shape, as a torch tensor of its own."""
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    tensor = torch.empty(output.shape() and (len(output), *output.shape()[0]), dtype=torch.float32, device=device)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
+    return tensor
+
+
+def _decodes(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.convert("RGB")
+    except Exception:  # every way in which a file can be broken
+        return False
+    return True
+
+
+def _dali() -> tuple[ModuleType, ModuleType, Callable]:
+    try:
+        from nvidia.dali import Pipeline, fn, types
+    except ImportError as error:
+        raise InferFastError(
+            "The loader dali needs NVIDIA DALI, which is not installed here: pip install nvidia-dali-cuda130, "
+            "or choose --loader fused."
+        ) from error
+    return fn, types, Pipeline
+
+
+def image_files(folders: Iterable[Path]) -> ImageFiles:
+    """The files of class folders, sorted by class and name. Raises InferFastError for no folder, or an empty one."""
+    folders = sorted(folders, key=lambda folder: folder.name)
+    files, labels = [], []
+    for label, folder in enumerate(folders):
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        if not found:
+            raise InferFastError(f"{folder} holds no JPEG or PNG files.")
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise InferFastError("No class folders were given.")
+    return ImageFiles(tuple(files), torch.tensor(labels), tuple(f.name for f in folders))

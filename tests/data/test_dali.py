@@ -1,0 +1,136 @@
+"""DALI's real pipelines on the CPU: resident sets, and folders of image files of every kind."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infer_fast.data.dali import file_batches, image_files
+from infer_fast.data.loader import Augmentation, resident_distilled
+from infer_fast.errors import InferFastError
+
+from .test_distilled import make
+from .test_loader import levels, made, resident
+
+pytest.importorskip("nvidia.dali")
+CPU = torch.device("cpu")
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "device": CPU}
+
+
+def test_without_augmentation_dali_gives_the_fused_batches():
+    own = resident_distilled(make(torch.Generator().manual_seed(5)), soft=True)
+    fused, dali = (
+        made(own, loader, batch_size=8, updates=7, generator=torch.Generator().manual_seed(1))
+        for loader in ("fused", "dali")
+    )
+    assert len(fused) == len(dali) == 7
+
+    def sums(batches):  # DALI's seed is drawn first, so its epochs are other shuffles
+        return torch.cat([images.sum((1, 2, 3)) for images, _ in batches[: -(-len(own) // 8)]]).sort()[0]
+
+    torch.testing.assert_close(sums(dali), sums(fused), atol=1e-3, rtol=1e-4)
+
+
+def test_each_epoch_holds_every_instance_once(generator):
+    stream = made(resident(generator), "dali", batch_size=4, updates=7, generator=generator)
+    assert [len(images) for images, _ in stream] == [4, 4, 2, 4, 4, 2, 4]
+    for part in (stream[:3], stream[3:6]):
+        assert sorted(level for images, _ in part for level in levels(images)) == list(range(10))
+    for images, targets in stream:
+        assert targets.argmax(1).tolist() == [level % 3 for level in levels(images)]
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_targets_are_mixed_as_the_images_are(generator, mix):
+    logits = torch.arange(10).float().view(-1, 1).repeat(1, 3)
+    for images, targets in made(
+        resident(generator, size=8, logits=logits), "dali", batch_size=5, updates=6,
+        augmentation=Augmentation(mix=mix), generator=generator,
+    ):  # fmt: skip
+        torch.testing.assert_close(targets[:, 0], images.mean((1, 2, 3)) * 255 / 20, atol=1e-3, rtol=1e-3)
+
+
+def corner_image():
+    """One image, all black but for one white pixel off the centre: where it ends up tells the crop and the flip."""
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    images[0, :, 7, 5] = 255
+    return images
+
+
+@pytest.mark.parametrize("loader", ["torch", "fused", "dali"])
+def test_loaders_draw_crops_and_flips_from_the_same_distribution(generator, loader):
+    """2,000 draws with padding 2: every one of 5 x 5 offsets and both flips, each about as often."""
+    from infer_fast.data.images import Split
+    from infer_fast.data.loader import resident_split
+
+    split = Split(corner_image().repeat(100, 1, 1, 1), torch.zeros(100, dtype=torch.int64))
+    own = resident_split(split, 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    stream = made(own, loader, batch_size=100, updates=20, augmentation=Augmentation(2, True), generator=generator)
+    images = torch.cat([images for images, _ in stream])[:, 0]
+    where = images.flatten(1).argmax(1)
+    rows, columns = where // 16, where % 16
+    flipped = columns > 7  # column 5 goes to 3..7, its mirror image to 8..12
+    assert images.flatten(1).sum(1).eq(1).all()
+    assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.06)
+    across = torch.where(flipped, 15 - columns, columns)
+    for offsets, low in ((rows, 5), (across, 3)):
+        counts = torch.bincount(offsets - low, minlength=5)
+        assert len(counts) == 5 and counts.min() > 300, counts
+    both = torch.bincount((rows - 5) * 5 + across - 3, minlength=25)
+    assert both.min() > 40, both
+
+
+@pytest.fixture
+def folder(tmp_path, generator):
+    """3 classes of 5 files: JPEG, PNG, grey JPEG, CMYK JPEG, and one with transparency; each of one colour."""
+    for c in range(3):
+        (tmp_path / f"class{c}").mkdir()
+        level = 40 + 80 * c
+        for i, (mode, ending) in enumerate(
+            [("RGB", "jpg"), ("RGB", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png")]
+        ):
+            height, width = (torch.randint(20, 60, (2,), generator=generator)).tolist()
+            pixels = np.full((height, width, 3), level, dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(tmp_path / f"class{c}" / f"{i}.{ending}")
+    return tmp_path
+
+
+def read(folder, **options):
+    source = image_files(p for p in folder.iterdir() if p.is_dir())
+    return list(file_batches(source, size=16, batch_size=4, **{"training": False, **HALF, **options}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_files_of_every_kind_are_decoded_to_rgb_with_their_class(folder, generator, training):
+    stream = read(folder, training=training, generator=generator)
+    assert [len(images) for images, _ in stream] == [4, 4, 4, 3]
+    images, labels = (torch.cat(parts) for parts in zip(*stream, strict=True))
+    assert images.shape == (15, 3, 16, 16) and sorted(labels.tolist()) == sorted([0, 1, 2] * 5)
+    expected = ((40 + 80 * labels).float() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(images.mean((1, 2, 3)), expected, atol=0.04, rtol=0)
+    assert (labels.tolist() == sorted(labels.tolist())) != training
+
+
+def test_shards_hold_every_image_once_between_them(folder):
+    for training in (False, True):
+        seen = []
+        for shard in range(2):
+            generator = torch.Generator().manual_seed(3)
+            stream = read(folder, training=training, generator=generator, shard=shard, shards=2)
+            seen += [label for _, labels in stream for label in labels.tolist()]
+            assert sum(len(images) for images, _ in stream) in (7, 8)
+        assert sorted(seen) == [0] * 5 + [1] * 5 + [2] * 5
+    with pytest.raises(InferFastError, match="shard 2 of 2"):
+        read(folder, shard=2, shards=2)
+
+
+def test_a_corrupt_file_is_named(folder):
+    (folder / "class1" / "0.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    with pytest.raises(InferFastError, match=r"class1/0\.jpg is no image"):
+        read(folder)
+
+
+def test_an_empty_class_folder_is_named(folder):
+    (folder / "class9").mkdir()
+    with pytest.raises(InferFastError, match="class9 holds no JPEG"):
+        read(folder)
