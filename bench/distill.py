@@ -106,7 +106,7 @@ def teacher_row(name: str, case: Case, rates: dict[str, float]) -> dict:
 
 def agrees(name: str, teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views) -> bool:
     """Both ways compute the same compensator: 3 iterations of lane 0 in float32. False: the published one won't fit."""
-    views = Views(views.shift[:3, :1])
+    views = Views(views.shift[:3, :1])  # the published way has shifts alone here
     settings = replace(settings, iterations=len(views.shift))
     try:
         expected = published.solve(teacher, base[0], settings, views.shift[:, 0])

@@ -27,6 +27,8 @@ STEPS = {  # name: (module, most seconds)
     "ops": ("bench.ops", 80),
     "profile": ("bench.profile", 80),
     "memory": ("bench.memory", 80),
+    "train": ("bench.train", 90),
+    "pipeline": ("bench.pipeline", 90),
     "distill": ("bench.distill", 400),
 }
 

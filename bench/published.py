@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 
 class StatisticsHook:
@@ -73,3 +80,63 @@ def perturb(params: list[torch.Tensor], grads: list[torch.Tensor], rho: float) -
     with torch.no_grad():
         for param, grad in zip(params, grads, strict=True):
             param.add_(grad * (rho / (norm + 1e-12)))
+
+
+def write_jpegs(images: torch.Tensor, labels: torch.Tensor, folder: Path) -> None:
+    """uint8 (N, 3, H, W) as class folders of JPEG files, as the published scripts store a distilled set."""
+    for position, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        place = folder / f"new{label:03d}"
+        place.mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"class{label:03d}_id{position:05d}.jpg")
+
+
+class Loader:
+    """A torchvision ImageFolder of JPEG files behind a DataLoader with 2 workers, and MixUp on the device."""
+
+    def __init__(self, folder: Path, size: int, batch_size: int, mean: tuple, std: tuple, *, resized: bool):
+        crop = transforms.RandomResizedCrop(size) if resized else transforms.RandomCrop(size, padding=4)
+        steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
+        files = Positioned(folder, transform=transforms.Compose(steps))
+        self.loader = DataLoader(files, batch_size, shuffle=True, num_workers=2, persistent_workers=True)
+
+    def epoch(self, logits: torch.Tensor, device: torch.device, alpha: float = 0.8) -> Iterator[tuple]:
+        """Mixed images and their mixed soft labels, one epoch."""
+        for images, positions in self.loader:
+            images, targets = images.to(device), logits[positions].to(device)
+            weight = float(np.random.beta(alpha, alpha))
+            partner = torch.randperm(len(images), device=device)
+            yield weight * images + (1 - weight) * images[partner], weight * targets + (1 - weight) * targets[partner]
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.loader._iterator = None
+
+
+class Positioned(ImageFolder):
+    """An ImageFolder that gives an image's position in place of its class: its soft label is looked up."""
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
+        return super().__getitem__(position)[0], position
+
+
+class Trainer:
+    """An eager float32 training step with AdamW, contiguous tensors, and the loss read back for printing."""
+
+    def __init__(self, student: nn.Module, temperature: float):
+        self.student, self.temperature = student.train(), temperature
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.01)
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor) -> float:
+        self.optimizer.zero_grad()
+        student = F.log_softmax(self.student(images) / self.temperature, dim=1)
+        loss = F.kl_div(student, F.softmax(targets / self.temperature, dim=1), reduction="batchmean")
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+@torch.no_grad()
+def label(images: torch.Tensor, networks: list[nn.Module], device: torch.device, batch: int = 64) -> torch.Tensor:
+    """The networks' averaged logits (N, C) on the CPU, a small batch at a time."""
+    parts = [sum(net(part.to(device)) for net in networks).cpu() / len(networks) for part in images.split(batch)]
+    return torch.cat(parts)

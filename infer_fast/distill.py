@@ -3,6 +3,7 @@
     python -m infer_fast.distill                                   # digits: about a minute on two cores, no network
     python -m infer_fast.distill fashion-mnist --data-path DIR     # a recipe on files of your own
     python -m infer_fast.distill cifar100-infer-ipc10 --data-path DIR --dry-run
+    python -m infer_fast.distill --list                            # every recipe: tasks, bytes, operations
 
 Finished teachers, tasks and students are kept: the same command goes on where it stopped and ends with the same bytes.
 """
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from tyro.conf import arg
@@ -30,9 +31,11 @@ from infer_fast.data.files import read_json, read_tensors, write_json, write_ten
 from infer_fast.data.images import ImageDataset, draw_of_each_class, normalise, to_bytes
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
-from infer_fast.models import MatchedTeacher, build
+from infer_fast.export import export
+from infer_fast.models import build
 from infer_fast.models.engine import choose_engine
 from infer_fast.models.train import choose_precision
+from infer_fast.outlook import Room, describe, estimate, list_recipes
 from infer_fast.progress import stage
 from infer_fast.recipes import SKIPPED_BATCHNORMS, Recipe, SynthesisSettings
 from infer_fast.relabel import relabel
@@ -65,6 +68,8 @@ class DistillOptions:
     """where everything is kept: the distilled set goes to its folder EXP_NAME"""
     exp_name: str | None = None
     """name of the run; None: the recipe's"""
+    store_best_images: bool = False
+    """also write the instances as image files, to the run's folder images/: newCCC/classCCC_idIII.jpg"""
     ipc_start: int = 0
     """first task index to solve here (to share a run among machines)"""
     ipc_end: int | None = None
@@ -89,15 +94,6 @@ class TaskResult:
 
     optimised: torch.Tensor
     losses: list[float]
-
-
-class Room(NamedTuple):
-    """Of each teacher: tasks side by side, and images of a task in one pass (None: all). Kept with the run, so that it
-    goes on as it began whatever the free memory is then; made_for: what it depends on."""
-
-    lanes: list[int]
-    chunks: list[int | None]
-    made_for: list
 
 
 def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
@@ -145,6 +141,8 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     )
     distilled.save(folder)
     clock["relabel"] = time.monotonic() - began
+    if options.store_best_images:
+        export(distilled, folder / "images", "jpg")
     write_json(folder / CARD, distilled.card)
     write_report(folder)
 
@@ -257,6 +255,7 @@ def _solve_batch(
                 list(batch.indices),
                 iterations=settings.iterations,
                 jitter=settings.jitter,
+                size=tuple(base.shape[-2:]),
             ),
             classes.to(device),
             on_iteration,
@@ -327,64 +326,6 @@ def find_room(options: DistillOptions, recipe: Recipe, dataset: ImageDataset, fo
     if options.chunk is not None:
         chunks = [options.chunk] * len(names)
     return Room(lanes, chunks, made_for)
-
-
-def describe(plan: Plan, dataset: ImageDataset, room: Room, seconds: dict[str, float]) -> str:
-    """The plan in words: tasks, bytes against the budget, estimated time."""
-    share = 100 * plan.image_bytes / plan.budget_bytes
-    whole = dataset.train.images.nbytes
-    what = f"{plan.compensators} compensators" if plan.compensators else "optimised images"
-    lanes = max(len(b.indices) for b in plan.batches)
-    chunked = [f"{n} of {name}" for name, n in zip(plan.teachers, room.chunks, strict=True) if n is not None]
-    chunks = f" ({', '.join(chunked)} images in one pass)" if chunked else ""
-    spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
-    lines = [
-        f"dataset    {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
-        f"of {plan.size[0]}x{plan.size[1]}, {plan.classes} classes",
-        f"teachers   {', '.join(plan.teachers)}",
-        f"tasks      {plan.tasks} tasks of {plan.iterations} iterations, in {len(plan.batches)} batches of up to "
-        f"{lanes} lanes{chunks}",
-        f"stored     k = {plan.k} base images per class, {what}: {plan.stored_images:,} images for "
-        f"{plan.instances:,} instances",
-        f"images     {plan.image_bytes:,} bytes of a budget of {plan.budget_bytes:,} ({share:.1f} %; "
-        f"{whole / plan.image_bytes:.1f} times smaller than the training split)",
-        f"labels     {plan.label_bytes:,} bytes of soft labels",
-        f"estimate   {spent} on {cli.device().type}",
-    ]
-    return "\n".join(lines)
-
-
-def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, float]:
-    """Seconds each stage will take, from one small timed batch per network, scaled by the number of images."""
-    device = cli.device()
-    images = torch.randn(8, 3, *plan.size, device=device)
-
-    def seconds_per_image(step: Callable[[], torch.Tensor]) -> float:
-        step().sum().backward()  # the first run pays for set-up
-        began = time.perf_counter()
-        step().sum().item()
-        step().sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / len(images) / 1.3  # one forward too many
-
-    squeezing = synthesis = 0.0
-    for name in plan.teachers:
-        network = build(name, plan.classes, plan.size, seed=0).to(device)
-        training = seconds_per_image(lambda network=network: network(images))
-        squeezing += training * recipe.squeeze.epochs * len(dataset.train)
-        matched = MatchedTeacher(network)
-        inputs = images.clone().requires_grad_(True)
-        matching = seconds_per_image(lambda matched=matched, inputs=inputs: sum(t.sum() for t in matched(inputs)))
-        batches = [b for b in plan.batches if plan.teachers[b.teacher] == name]
-        synthesis += matching * plan.iterations * sum(len(b.indices) * (b.last_class - b.first_class) for b in batches)
-    students = {"none": 1, "random": 2, "all": 5}[recipe.compare] * recipe.seeds
-    validation = 0.0
-    for name in recipe.student.networks:
-        network = build(name, plan.classes, plan.size, seed=0).to(device)
-        training = seconds_per_image(lambda network=network: network(images))
-        validation += students * training * recipe.student.epochs * plan.instances
-    return {"squeeze": squeezing, "synthesis": synthesis, "validate": validation}
 
 
 def _dataset(options: DistillOptions) -> ImageDataset:
@@ -534,6 +475,9 @@ def _card(
 
 
 def _main(args: list[str]) -> None:
+    if "--list" in args:
+        print(list_recipes())
+        return
     name, recipe, flags = cli.take_recipe(args)
     options = cli.parse(
         DistillOptions,

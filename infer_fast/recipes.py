@@ -7,7 +7,7 @@ and the weights of the loss. Sources: INFER (arXiv 2408.06927), DWA (arXiv 2409.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -63,6 +63,10 @@ class SynthesisSettings:
     """DWA: gradient-ascent steps on the teacher's weights before a task (0 = off)"""
     rho: float = 15e-3
     """DWA: total length of those steps, in units of the normalised gradient"""
+    tv_l2: float = 0.0
+    """weight of the images' total variation (SRe2L's optional prior)"""
+    l2_scale: float = 0.0
+    """weight of the images' L2 norm (SRe2L's optional prior)"""
     seed: int = 0
     """seed of everything random: teachers, base images, views, noise, students"""
     skip_bn: tuple[int, ...] = ()
@@ -91,6 +95,10 @@ class StudentSettings:
     """momentum (sgd only)"""
     weight_decay: float = 0.01
     """weight decay"""
+    lr_warmup_epochs: int = 0
+    """epochs in which the learning rate first rises linearly (the cosine comes after)"""
+    lr_warmup_decay: float = 0.01
+    """where that rise starts, as a share of the learning rate"""
     temperature: Annotated[float, arg(aliases=["-T"])] = 30.0
     """softmax temperature of the soft-label loss"""
     mix_type: Literal["mixup", "cutmix", "none"] = "mixup"
@@ -169,20 +177,48 @@ FASHION_MNIST = Recipe(
 )
 
 
-def _cifar_infer(dataset: str, classes: int, ipc: int) -> Recipe:
-    return Recipe(
-        dataset=dataset,
-        arch_name=INFER_TEACHERS,
-        ipc=ipc,
-        synthesis=SynthesisSettings(batch_size=classes),
+METHODS = ("infer", "dwa", "sre2l")
+DATASETS: dict[str, tuple[int, tuple[int, int]]] = {  # classes and image size of the recipes' datasets
+    "digits": (10, (8, 8)),
+    "fashion-mnist": (10, (32, 32)),
+    "cifar10": (10, (32, 32)),
+    "cifar100": (100, (32, 32)),
+    "tiny-imagenet": (200, (64, 64)),
+}
+
+
+def _published(dataset: str, method: str, ipc: int) -> Recipe:
+    """The published setting of a method on CIFAR-10/100 or Tiny-ImageNet (200 classes of 64x64)."""
+    tiny, infer = dataset == "tiny-imagenet", method == "infer"
+    shared = SynthesisSettings(
+        iterations=2000 if tiny else 1000,
+        lr=0.1 if tiny else 0.25,
+        batch_size=DATASETS[dataset][0],
+        r_bn=1.0 if infer else 0.01,
     )
+    synthesis = {
+        "infer": shared,
+        "dwa": replace(shared, optimise="images", steps=12, rho=15e-3, r_var=11.0),
+        "sre2l": replace(shared, optimise="images", start="noise"),
+    }[method]
+    student = StudentSettings()
+    if tiny and method == "dwa":
+        student = StudentSettings(
+            epochs=200, optimizer="sgd", lr=0.2, weight_decay=1e-4, lr_warmup_epochs=5, lr_warmup_decay=0.01
+        )
+    teachers = INFER_TEACHERS if infer else ("resnet18",)
+    return Recipe(dataset=dataset, arch_name=teachers, ipc=ipc, synthesis=synthesis, student=student)
 
 
 RECIPES: dict[str, Recipe] = {
     "digits": DIGITS,
     "fashion-mnist": FASHION_MNIST,
-    **{f"cifar10-infer-ipc{ipc}": _cifar_infer("cifar10", 10, ipc) for ipc in (10, 50, 100)},
-    **{f"cifar100-infer-ipc{ipc}": _cifar_infer("cifar100", 100, ipc) for ipc in (10, 50, 100)},
+    **{
+        f"{dataset.removesuffix('-imagenet')}-{method}-ipc{ipc}": _published(dataset, method, ipc)
+        for dataset in ("cifar10", "cifar100", "tiny-imagenet")
+        for method in METHODS
+        for ipc in (10, 50, 100)
+    },
 }
 
 
@@ -195,6 +231,7 @@ def base_images_per_class(ipc: int, teachers: int, classes: int) -> int:
 
 
 __all__ = [
+    "DATASETS",
     "RECIPES",
     "SKIPPED_BATCHNORMS",
     "Recipe",

@@ -274,7 +274,16 @@ def _train(
         augmentation=Augmentation(settings.padding, settings.flip, settings.mix_type, settings.mix_alpha),
         generator=torch.Generator().manual_seed(seed),
     )
-    schedule = Schedule(settings.optimizer, settings.lr, settings.weight_decay, settings.momentum, updates, per_epoch)
+    schedule = Schedule(
+        settings.optimizer,
+        settings.lr,
+        settings.weight_decay,
+        settings.momentum,
+        updates,
+        per_epoch,
+        settings.lr_warmup_epochs,
+        settings.lr_warmup_decay,
+    )
     loss = soft_loss(settings.temperature) if resident.soft else hard_loss
     how = {"precision": settings.precision, "engine": settings.engine}
     fit(network, stream, loss, schedule, make=make, label=label, on_update=measure, **how)

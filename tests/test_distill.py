@@ -12,6 +12,7 @@ import torch
 
 import infer_fast
 from infer_fast.data.files import read_tensors
+from infer_fast.recipes import RECIPES
 
 
 def test_the_whole_way_ends_with_the_table(finished):
@@ -117,9 +118,11 @@ def test_given_base_images_are_kept(tmp_path, run_module, small_flags, generator
 def test_image_mode_goes_the_whole_way(tmp_path, run_module, small_flags):
     """SRe2L's point (images, from noise) with DWA's adjusted weights: nothing but flags."""
     done = run_module(
-        "distill", *small_flags, "--optimise=images", "--start=noise", "--steps=2", "--batch-size=7", "--compare=none"
-    )
+        "distill", *small_flags, "--optimise=images", "--start=noise", "--steps=2", "--batch-size=7", "--compare=none",
+        "--store-best-images",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs" / "digits" / "images").glob("new00?/class00?_id00?.jpg"))) == 40
     distilled = infer_fast.load(tmp_path / "runs" / "digits")
     assert distilled.compensators is None and distilled.base.shape == (10, 4, 3, 8, 8) and len(distilled) == 40
 
@@ -212,3 +215,25 @@ def test_help_shows_settings_with_defaults(run_module):
     ):
         assert flag in done.stdout
     assert "default: 150" in done.stdout
+
+
+def test_the_list_names_every_recipe_with_its_tasks_and_bytes(run_module):
+    done = run_module("distill", "--list")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    assert set(lines) == {"recipe", *RECIPES}
+    assert lines["cifar100-infer-ipc10"][3:8] == ["36", "1000", "9", "2,875,824", "900,000"]
+
+
+def test_what_a_run_began_with_is_kept_and_can_be_overruled(tmp_path, run_module, small_flags):
+    flags = [f for f in small_flags if not f.startswith("--lanes")]
+    done = run_module("distill", *flags, "--compare=none")
+    assert done.returncode == 0, done.stderr
+    room = tmp_path / "runs" / "digits" / "room.json"
+    written = json.loads(room.read_text())
+    assert written["lanes"] == [3, 3] or all(n >= 3 for n in written["lanes"])
+    room.write_text(json.dumps({**written, "lanes": [1, 2], "chunks": [4, None]}))
+    dry = run_module("distill", *flags, "--dry-run")
+    assert "in 5 batches of up to 2 lanes (convnet: 4 images in one pass)" in dry.stdout, dry.stdout
+    forced = run_module("distill", *flags, "--dry-run", "--lanes=3")
+    assert "in 2 batches of up to 3 lanes\n" in forced.stdout, forced.stdout

@@ -12,6 +12,7 @@ from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.recipes import StudentSettings
+from infer_fast.relabel import dynamic_labels
 from infer_fast.squeeze import Teacher
 from infer_fast.validate import table, validate
 
@@ -75,6 +76,39 @@ def test_seeds_and_networks_are_fixed_and_finished_students_are_not_trained_agai
     assert first == validate(distilled, dataset, teachers, settings, store=tmp_path / "s.json", **arguments)
 
 
+def test_dynamic_labels_make_rows_of_their_own_with_fewer_epochs(parts):
+    distilled, dataset, teachers = parts
+    settings = replace(STUDENT, labels=("static", "dynamic"))
+    rows = validate(distilled, dataset, teachers, settings, ipc=3, compare="random", seeds=1)
+    assert [(r.trained_on, r.labels, r.updates) for r in rows] == [
+        ("distilled", "soft labels", 20), ("distilled", "dynamic labels", 10),
+        ("random real", "soft labels", 20), ("random real", "dynamic labels", 10),
+    ]  # fmt: skip
+    weights = sum(t.nbytes for t in teachers[0].network.state_dict().values())
+    assert rows[1].label_bytes == rows[3].label_bytes == weights
+    (alone,) = validate(
+        distilled, dataset, teachers, replace(STUDENT, labels=("dynamic",)), ipc=3, compare="none", seeds=1
+    )
+    assert alone == rows[1]
+
+
+def test_dynamic_labels_are_the_teachers_averaged_logits(generator):
+    networks = [build("convnet", 4, (8, 8), seed=seed).eval() for seed in (0, 1)]
+    images = torch.randn(5, 3, 8, 8, generator=generator)
+    label = dynamic_labels([Teacher("convnet", n, 0.0, None, "") for n in networks], "float32")
+    torch.testing.assert_close(label(images), (networks[0](images) + networks[1](images)) / 2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_students_learn_through_every_loader(parts, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    distilled, dataset, teachers = parts
+    settings = replace(STUDENT, epochs=30, loader=loader)
+    (row,) = validate(distilled, dataset, teachers, settings, ipc=3, compare="none", seeds=1)
+    assert row.mean > 80
+
+
 def test_random_images_differ_between_seeds_and_are_ipc_per_class(parts):
     from infer_fast.validate import _random_real
 
@@ -112,7 +146,7 @@ def test_the_command_line_on_a_finished_run(tmp_path, run_module, copied_run):
 
 
 def test_modules_run_without_a_warning():
-    for module in ("distill", "validate", "squeeze", "relabel", "report"):
+    for module in ("distill", "validate", "squeeze", "relabel", "report", "export"):
         done = subprocess.run(
             [sys.executable, "-W", "error", "-m", f"infer_fast.{module}", "--help"],
             capture_output=True, text=True, check=False,

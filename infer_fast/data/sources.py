@@ -1,7 +1,7 @@
 """Where datasets come from: each source is read into the same ImageDataset.
 
 digits (scikit-learn's own), torchvision's names (downloaded, or found under the given path), a folder of idx(.gz)
-files, an ImageFolder (train/ and val/ or test/), and Hugging Face parquet files.
+files, an ImageFolder (train/ and val/ or test/), Tiny-ImageNet's own layout, and Hugging Face parquet files.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ TORCHVISION_NAMES = {
     "mnist": "MNIST",
     "svhn": "SVHN",
 }
+ANNOTATIONS = "val_annotations.txt"
 DIGITS_TEST_SHARE = 3  # every third image of each class is held out
 
 
@@ -69,6 +70,8 @@ def _read_path(name: str, path: Path, image_size: int | None) -> tuple[Split, Sp
         return read_parquet(path, image_size)
     if any(path.glob("*-ubyte*")):
         return read_idx(path)
+    if (path / "val" / ANNOTATIONS).is_file():
+        return read_tiny_imagenet(path, image_size)
     if (path / "train").is_dir():
         return read_image_folder(path, image_size)
     if name in TORCHVISION_NAMES:
@@ -190,6 +193,36 @@ def _read_class_folders(folder: Path, classes: tuple[str, ...], image_size: int 
     if not files:
         raise InferFastError(f"{folder} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
     return Split(_decode_all([(str(f), f) for f in files], image_size), torch.tensor(labels))
+
+
+def read_tiny_imagenet(path: Path, image_size: int | None = None) -> tuple[Split, Split, tuple[str, ...]]:
+    """Tiny-ImageNet as it is published: train/<wnid>/images/*, val/images/* with their wnids in val_annotations.txt.
+
+    Class names from words.txt where it is there; else the wnids.
+    """
+    wnids = tuple(sorted(p.name for p in (path / "train").iterdir() if p.is_dir())) if (path / "train").is_dir() else ()
+    if not wnids:
+        raise InferFastError(f"{path / 'train'} holds no class folders.")
+    files, labels = [], []
+    for number, line in enumerate((path / "val" / ANNOTATIONS).read_text().splitlines(), start=1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in wnids:
+            raise InferFastError(f"{path / 'val' / ANNOTATIONS} line {number}: {wnid!r} is no class of train/.")
+        files.append(path / "val" / "images" / name)
+        labels.append(wnids.index(wnid))
+    if not files:
+        raise InferFastError(f"{path / 'val' / ANNOTATIONS} names no images.")
+    test = Split(_decode_all([(str(f), f) for f in files], image_size), torch.tensor(labels))
+    return _read_class_folders(path / "train", wnids, image_size), test, _words(path / "words.txt", wnids)
+
+
+def _words(path: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
+    """The first word of each wnid, if the file has them all and they differ."""
+    pairs = [line.partition("\t") for line in path.read_text().splitlines()] if path.is_file() else []
+    words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs}
+    named = tuple(words.get(wnid, wnid) for wnid in wnids)
+    return named if len(set(named)) == len(wnids) else wnids
 
 
 def read_parquet(path: Path, image_size: int | None = None) -> tuple[Split, Split, tuple[str, ...]]:

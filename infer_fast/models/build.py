@@ -1,4 +1,4 @@
-"""Networks by name: our ConvNets, the CIFAR forms of the published teachers, and whatever torchvision offers."""
+"""Networks by name: our ConvNets, the CIFAR forms of the published networks, whatever torchvision or timm offers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from infer_fast.errors import InferFastError
 from infer_fast.models import cifar
-from infer_fast.models.convnet import SHAPES, ConvNet
+from infer_fast.models.convnet import CONVNET_128, SHAPES, ConvNet, ConvNet128
 
 SMALL_IMAGE = 64  # up to this size networks take their CIFAR form (ResNets: 3x3 stride-1 stem, no max-pool)
 
@@ -27,14 +27,19 @@ def build(name: str, classes: int, size: tuple[int, int], *, seed: int | None = 
 
 def _build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
     if name in SHAPES:
-        if min(size) < 2 ** SHAPES[name].depth:
-            raise InferFastError(
-                f"{name} halves its image {SHAPES[name].depth} times: {size[0]}x{size[1]} is too small."
-            )
+        _check_halvings(name, SHAPES[name].depth, size)
         return ConvNet(SHAPES[name], classes)
+    if name in CONVNET_128:
+        _check_halvings(name, CONVNET_128[name][0], size)
+        return ConvNet128(classes, size, *CONVNET_128[name])
     if name in cifar.NETWORKS and max(size) <= SMALL_IMAGE:
         return cifar.NETWORKS[name](classes)
     return _torchvision(name, classes, size)
+
+
+def _check_halvings(name: str, depth: int, size: tuple[int, int]) -> None:
+    if min(size) < 2**depth:
+        raise InferFastError(f"{name} halves its image {depth} times: {size[0]}x{size[1]} is too small.")
 
 
 def _torchvision(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
@@ -43,12 +48,24 @@ def _torchvision(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
     try:
         network = torchvision.models.get_model(name, weights=None, num_classes=classes)
     except ValueError:
-        known = ", ".join([*SHAPES, *cifar.NETWORKS])
-        raise InferFastError(
-            f"{name!r} is not a network: choose one of {known}, or a torchvision model name."
-        ) from None
+        return _timm(name, classes)
     if isinstance(network, torchvision.models.ResNet) and max(size) <= SMALL_IMAGE:
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
     return network
+
+
+def _timm(name: str, classes: int) -> nn.Module:
+    """timm's network of that name, if timm is installed and knows it."""
+    known = ", ".join([*SHAPES, *CONVNET_128, *cifar.NETWORKS])
+    try:
+        import timm
+    except ImportError:
+        raise InferFastError(
+            f"{name!r} is not a network: choose one of {known}, or a torchvision model name (or a timm one, with timm "
+            "installed)."
+        ) from None
+    if not timm.is_model(name):
+        raise InferFastError(f"{name!r} is not a network: choose one of {known}, or a torchvision or timm model name.")
+    return timm.create_model(name, pretrained=False, num_classes=classes)

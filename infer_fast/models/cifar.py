@@ -1,7 +1,8 @@
-"""The published teachers' 32x32 forms beside ResNet: MobileNetV2, EfficientNet-B0 and ShuffleNetG2.
+"""The published networks' 32x32 forms beside ResNet: MobileNetV2, EfficientNet-B0, ShuffleNetG2 and VGG16.
 
 Attribute names follow the public CIFAR checkpoints, so that their state dicts load without renaming. Architectures:
-MobileNetV2 (arXiv 1801.04381), EfficientNet (arXiv 1905.11946), ShuffleNet (arXiv 1707.01083).
+MobileNetV2 (arXiv 1801.04381), EfficientNet (arXiv 1905.11946), ShuffleNet (arXiv 1707.01083), VGG (arXiv 1409.1556)
+with BatchNorm.
 """
 
 from __future__ import annotations
@@ -189,6 +190,27 @@ class ShuffleNetG2(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
+class VGG16(nn.Module):
+    """VGG16 with BatchNorm and one linear layer: (B, 3, H, W) -> logits (B, classes), H and W at least 32."""
+
+    STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, classes: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = 3
+        for stage in self.STAGES:
+            for outputs in stage:
+                layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+                inputs = outputs
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(512, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+
+
 def _shuffle_channels(x: torch.Tensor, groups: int) -> torch.Tensor:
     b, c, h, w = x.shape
     return x.view(b, groups, c // groups, h, w).transpose(1, 2).reshape(b, c, h, w)
@@ -200,4 +222,9 @@ def _drop_images(x: torch.Tensor, rate: float) -> torch.Tensor:
     return x / (1 - rate) * keep
 
 
-NETWORKS = {"mobilenetv2": MobileNetV2, "efficientnet_b0": EfficientNetB0, "shufflenet_g2": ShuffleNetG2}
+NETWORKS = {
+    "mobilenetv2": MobileNetV2,
+    "efficientnet_b0": EfficientNetB0,
+    "shufflenet_g2": ShuffleNetG2,
+    "vgg16": VGG16,
+}

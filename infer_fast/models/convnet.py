@@ -1,7 +1,6 @@
-"""ConvNet: the small network of the distillation literature, with BatchNorm, in a few shapes that differ as teachers.
+"""ConvNets: small ones with BatchNorm, in a few shapes that differ as teachers, and the literature's ConvNet-128.
 
-`depth` stages of convolution, BatchNorm and activation, each followed by 2x2 average pooling, then a linear layer on
-the pooled features.
+`depth` stages of convolution, norm and activation, each followed by 2x2 average pooling, then a linear layer.
 """
 
 from __future__ import annotations
@@ -64,6 +63,40 @@ class Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
         return self.activation(self.norm(self.conv(x)) + x)
+
+
+NORMS = {
+    "instancenorm": lambda channels: nn.GroupNorm(channels, channels),
+    "batchnorm": nn.BatchNorm2d,
+    "groupnorm": lambda channels: nn.GroupNorm(4, channels),
+    "none": lambda channels: nn.Identity(),
+}
+CONVNET_128 = {
+    f"convnet128{depth_name}{norm_name}": (depth, norm)
+    for depth, depth_name in ((3, ""), (4, "-d4"))
+    for norm, norm_name in (("instancenorm", ""), *((name, f"-{name}") for name in list(NORMS)[1:]))
+}
+
+
+class ConvNet128(nn.Module):
+    """The student of the distillation literature (arXiv 2006.05929): 128 channels in every stage, instance norm.
+
+    (B, 3, H, W) -> logits (B, classes); the linear layer sees all of the last stage's pixels.
+    """
+
+    WIDTH = 128
+
+    def __init__(self, classes: int, size: tuple[int, int], depth: int = 3, norm: str = "instancenorm"):
+        super().__init__()
+        stages: list[nn.Module] = []
+        for inputs in (3, *[self.WIDTH] * (depth - 1)):
+            conv = nn.Conv2d(inputs, self.WIDTH, 3, padding=1)
+            stages += [conv, NORMS[norm](self.WIDTH), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
+        self.features = nn.Sequential(*stages)
+        self.classifier = nn.Linear(self.WIDTH * (size[0] >> depth) * (size[1] >> depth), classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x).flatten(1))
 
 
 def _stage(shape: Shape, inputs: int, outputs: int) -> nn.Module:

@@ -28,7 +28,7 @@ from infer_fast.models.train import at_precision
 from infer_fast.ops import perturb_
 from infer_fast.ops.bn_match import Statistics, pooled
 from infer_fast.recipes import SynthesisSettings
-from infer_fast.synthesis.views import Views, circular_shift
+from infer_fast.synthesis.views import View, Views, apply_view
 
 
 @dataclass
@@ -58,39 +58,44 @@ class Problem:
         lanes, _, *image = self.base.shape
         return torch.zeros(lanes, 1, *image, device=self.base.device)
 
-    def view(self, optimised: torch.Tensor, shift: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:
-        """This iteration's view of the images of `span`, (L, C', 3, H, W); shift: int64 (L, 2)."""
+    def seen(self, optimised: torch.Tensor, view: View, span: slice = slice(None)) -> torch.Tensor:
+        """This iteration's view of the images of `span`, (L, C', 3, H, W)."""
         images = self.base[:, span] + optimised if self.settings.optimise != "images" else optimised[:, span]
-        return circular_shift(images, shift)
+        return apply_view(images, view)
 
     def loss(
         self,
         optimised: torch.Tensor,
-        shift: torch.Tensor,
+        view: View,
         span: slice = slice(None),
         whole: Sequence[Statistics] | None = None,
     ) -> torch.Tensor:
-        """Each lane's loss, float32 (L,), over the images of `span`.
+        """Each lane's loss, float32 (L,), over the images of `span`, without the image prior.
 
         whole: every layer's statistics over all images, if the span is a chunk of them.
         """
-        images = self.view(optimised, shift, span)
+        images = self.seen(optimised, view, span)
         with at_precision(images.device, self.precision):
             logits, penalty = self.teacher(images.flatten(0, 1), len(images), whole)
         return lane_cross_entropy(logits, self.targets[span], len(images)) + self.settings.r_bn * penalty
 
-    def loss_and_gradient(self, optimised: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_and_gradient(self, optimised: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         """Each lane's loss, float32 (L,), and the gradient of what is optimised."""
         spans = self._spans()
-        whole = self._statistics(optimised, shift, spans) if len(spans) > 1 else None
+        whole = self._statistics(optimised, view, spans) if len(spans) > 1 else None
         total = torch.zeros(len(optimised), device=optimised.device)
         gradient = torch.zeros_like(optimised)
         for span in spans:
             own = optimised.detach().requires_grad_(True)
             share = (span.stop - span.start) / self.base.shape[1]
-            loss = self.loss(own, shift, span, whole) * share
+            loss = self.loss(own, view, span, whole) * share
             gradient += torch.autograd.grad(loss.sum(), own)[0]
             total += loss.detach()
+        if self.settings.tv_l2 or self.settings.l2_scale:
+            own = optimised.detach().requires_grad_(True)
+            prior = image_prior(self.seen(own, view), self.settings.tv_l2, self.settings.l2_scale)
+            gradient += torch.autograd.grad(prior.sum(), own)[0]
+            total += prior.detach()
         return total, gradient
 
     def _spans(self) -> list[slice]:
@@ -99,11 +104,11 @@ class Problem:
         return [slice(low, min(low + chunk, count)) for low in range(0, count, chunk)]
 
     @torch.no_grad()
-    def _statistics(self, optimised: torch.Tensor, shift: torch.Tensor, spans: list[slice]) -> list[Statistics]:
+    def _statistics(self, optimised: torch.Tensor, view: View, spans: list[slice]) -> list[Statistics]:
         """Every layer's statistics over all images of a lane: one pass for each span, nothing kept."""
         parts = []
         for span in spans:
-            images = self.view(optimised, shift, span)
+            images = self.seen(optimised, view, span)
             with at_precision(images.device, self.precision):
                 parts.append(self.teacher.statistics(images.flatten(0, 1), len(images)))
         counts = [span.stop - span.start for span in spans]
@@ -114,6 +119,21 @@ class Problem:
         if self.pixels is not None:
             low, high = self.pixels
             torch.minimum(torch.maximum(optimised, low, out=optimised), high, out=optimised)
+
+
+def image_prior(images: torch.Tensor, tv_l2: float, l2_scale: float) -> torch.Tensor:
+    """Each lane's prior, (L,), of images (L, C, 3, H, W): tv_l2 * TV + l2_scale * mean_i ||x_i||_2.
+
+    TV adds the L2 norms of the differences between neighbours over the whole lane, in four directions: right, down and
+    both diagonals (DeepInversion, arXiv 1912.08795, eq. 2, as SRe2L takes it over).
+    """
+    right = images[..., :, 1:] - images[..., :, :-1]
+    down = images[..., 1:, :] - images[..., :-1, :]
+    falling = images[..., 1:, 1:] - images[..., :-1, :-1]
+    rising = images[..., 1:, :-1] - images[..., :-1, 1:]
+    variation = sum(torch.linalg.vector_norm(d.flatten(1), dim=1) for d in (right, down, falling, rising))
+    size = torch.linalg.vector_norm(images.flatten(2), dim=2).mean(dim=1)
+    return tv_l2 * variation + l2_scale * size
 
 
 def lane_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, lanes: int) -> torch.Tensor:
@@ -144,7 +164,8 @@ def adjusted_teacher(
     copied = copy.deepcopy(teacher).eval().requires_grad_(True)
     params = list(copied.parameters())
     for step in range(settings.steps):
-        images = circular_shift(base, views.shift[step % len(views.shift)])
+        position = torch.tensor([step % len(views.shift)], device=base.device)
+        images = apply_view(base, views.at(position))
         loss = F.cross_entropy(copied(images[0]).float(), targets)
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         perturb_(params, grads, settings.rho / settings.steps)

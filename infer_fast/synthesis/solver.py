@@ -40,7 +40,7 @@ class NonFiniteLossError(InferFastError):
 class AdamState:
     """Everything one iteration reads and writes; all on the device, indexed by a device counter.
 
-    optimised, m, v: float32, what is optimised and Adam's moments; lr: float32 (T,); shift: int64 (T, L, 2);
+    optimised, m, v: float32, what is optimised and Adam's moments; lr: float32 (T,); views: T iterations of L lanes;
     losses: float32 (T, L); counter: int64 (1,), the iterations done.
     """
 
@@ -48,7 +48,7 @@ class AdamState:
     m: torch.Tensor
     v: torch.Tensor
     lr: torch.Tensor
-    shift: torch.Tensor
+    views: Views
     losses: torch.Tensor
     counter: torch.Tensor
 
@@ -130,9 +130,9 @@ class Solver:
         if targets is None:
             targets = torch.arange(base.shape[1], device=base.device)
         if views is None:
-            views = draw_views(
-                settings.seed, 0, list(range(count)), iterations=settings.iterations, jitter=settings.jitter
-            )
+            size = tuple(base.shape[-2:])
+            drawn = {"iterations": settings.iterations, "jitter": settings.jitter, "size": size}
+            views = draw_views(settings.seed, 0, list(range(count)), **drawn)
         views = views.to(base.device)
         done, results, failures = 0, [], {}
         while done < count:
@@ -200,7 +200,7 @@ class Solver:
             self._matched = self._match(adjusted_teacher(self.teacher, base, targets, self.settings, views))
         elif self._matched is None:
             self._matched = self._match(self.teacher)
-        if self._loop is None or self._loop.problem.base.shape != base.shape:
+        if self._loop is None or not self._loop.takes(base, views):
             self._loop = None  # frees what it holds before the next one is made
             problem = Problem(self._matched, base.clone(), targets.clone(), self.settings, self.precision, self.chunk)
             self._loop = self._start(problem, start_state(problem, views))
@@ -251,11 +251,17 @@ class Loop:
             with compiling():
                 iterate(self.problem, self.state, self.adam)
 
+    def takes(self, base: torch.Tensor, views: Views) -> bool:
+        """Whether these tasks fit the tensors that are there."""
+        return self.problem.base.shape == base.shape and (self.state.views.crop is None) == (views.crop is None)
+
     def take(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> None:
         """Other tasks of the same shape, at iteration 0."""
         self.problem.base.copy_(base)
         self.problem.targets.copy_(targets)
-        self.state.shift.copy_(views.shift)
+        for own, given in zip(vars(self.state.views).values(), vars(views).values(), strict=True):
+            if own is not None:
+                own.copy_(given)
         self.restart()
 
     def restart(self) -> None:
@@ -275,7 +281,7 @@ def start_state(problem: Problem, views: Views) -> AdamState:
         m=torch.zeros_like(optimised),
         v=torch.zeros_like(optimised),
         lr=torch.tensor(cosine(settings.lr, settings.iterations), device=device),
-        shift=views.shift.clone(),
+        views=views.each(torch.clone),
         losses=torch.zeros(settings.iterations, len(optimised), device=device),
         counter=torch.zeros(1, dtype=torch.int64, device=device),
     )
@@ -308,8 +314,7 @@ def adam_step(
 
 def iterate(problem: Problem, state: AdamState, adam: Callable = adam_step) -> None:
     """One iteration: view, forward, penalty, backward, Adam, clamp. Nothing here waits for the device."""
-    shift = state.shift.index_select(0, state.counter)[0]
-    loss, gradient = problem.loss_and_gradient(state.optimised, shift)
+    loss, gradient = problem.loss_and_gradient(state.optimised, state.views.at(state.counter))
     with torch.no_grad():
         state.losses.index_copy_(0, state.counter, loss.unsqueeze(0))
         adam(state.optimised, state.m, state.v, zero_unless_finite(gradient), state.lr, state.counter)
@@ -331,9 +336,11 @@ def failed_lanes(losses: torch.Tensor) -> dict[int, int]:
 def _check(base, settings, views, targets) -> None:
     if base.dim() != 5 or base.shape[2] != 3 or base.dtype != torch.float32:
         raise InferFastError(f"solve takes base as float32 (L, C, 3, H, W), not {base.dtype} {tuple(base.shape)}.")
-    expected = (settings.iterations, len(base), 2)
-    if views is not None and tuple(views.shift.shape) != expected:
-        raise InferFastError(f"views.shift must be (T, L, 2) = {expected}, not {tuple(views.shift.shape)}.")
+    lanes = (settings.iterations, len(base))
+    for name, shape in (("shift", (*lanes, 2)), ("crop", (*lanes, 4)), ("flip", lanes)):
+        drawn = None if views is None else getattr(views, name)
+        if drawn is not None and tuple(drawn.shape) != shape:
+            raise InferFastError(f"views.{name} must be (T, L, ...) = {shape}, not {tuple(drawn.shape)}.")
     if targets is not None and tuple(targets.shape) != (base.shape[1],):
         raise InferFastError(
             f"targets must be ({base.shape[1]},), one class for each image, not {tuple(targets.shape)}."

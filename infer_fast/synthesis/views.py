@@ -1,25 +1,49 @@
 """The random views of a task: drawn up front from the task's own generator, applied on the device.
 
-A view is one circular shift by (a, b) pixels, each uniform in 0..jitter inclusive, the same for the whole batch of a
-lane.
+A view is the same for the whole batch of a lane: for images of 64x64 and larger a random resized crop and a flip, then,
+for all, one circular shift by (a, b) pixels, each uniform in 0..jitter inclusive.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+CROPPED_FROM = 64  # pixels of the shorter side
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop: share of the image, width over height
+
+
+class View(NamedTuple):
+    """One iteration's draws of L lanes: shift int64 (L, 2); crop int64 (L, 4) and flip bool (L,), or None."""
+
+    shift: torch.Tensor
+    crop: torch.Tensor | None = None
+    flip: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Views:
-    """The draws of L lanes over T iterations: shift int64 (T, L, 2), rows and columns."""
+    """The draws of L lanes over T iterations.
+
+    shift: int64 (T, L, 2), rows and columns; for large images also crop: int64 (T, L, 4), top, left, height and width,
+    and flip: bool (T, L).
+    """
 
     shift: torch.Tensor
+    crop: torch.Tensor | None = None
+    flip: torch.Tensor | None = None
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Views:
+        """function of every draw that there is."""
+        return Views(*(None if t is None else function(t) for t in (self.shift, self.crop, self.flip)))
 
     def to(self, device: torch.device) -> Views:
-        return Views(self.shift.to(device))
+        return self.each(lambda t: t.to(device))
 
     def lane(self, index: int) -> Views:
         """The draws of one lane, as Views of one lane."""
@@ -27,7 +51,12 @@ class Views:
 
     def lanes(self, which: range) -> Views:
         """The draws of some lanes."""
-        return Views(self.shift[:, which.start : which.stop])
+        return self.each(lambda t: t[:, which.start : which.stop])
+
+    def at(self, counter: torch.Tensor) -> View:
+        """Iteration `counter`'s view; counter int64 (1,) on the device, and nothing is read back."""
+        chosen = self.each(lambda t: t.index_select(0, counter)[0])
+        return View(chosen.shift, chosen.crop, chosen.flip)
 
 
 def task_generator(seed: int, teacher: int, index: int, purpose: str) -> torch.Generator:
@@ -36,13 +65,76 @@ def task_generator(seed: int, teacher: int, index: int, purpose: str) -> torch.G
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def draw_views(seed: int, teacher: int, indices: list[int], *, iterations: int, jitter: int) -> Views:
-    """The views of tasks (teacher, index) for index in `indices`, one lane each."""
+def draw_views(
+    seed: int, teacher: int, indices: list[int], *, iterations: int, jitter: int, size: tuple[int, int] | None = None
+) -> Views:
+    """The views of tasks (teacher, index) for index in `indices`, one lane each.
+
+    size: of the images; with 64x64 and larger, crops and flips are drawn too (torchvision's RandomResizedCrop
+    distribution: area 0.08..1, aspect ratio 3/4..4/3).
+    """
     lanes = [
         torch.randint(0, jitter + 1, (iterations, 2), generator=task_generator(seed, teacher, index, "views"))
         for index in indices
     ]
-    return Views(torch.stack(lanes, dim=1))  # (T, L, 2)
+    shift = torch.stack(lanes, dim=1)  # (T, L, 2)
+    if size is None or min(size) < CROPPED_FROM:
+        return Views(shift)
+    crops, flips = [], []
+    for index in indices:
+        generator = task_generator(seed, teacher, index, "crops")
+        crops.append(torch.stack([draw_crop(size, generator) for _ in range(iterations)]))
+        flips.append(torch.rand(iterations, generator=generator) < 0.5)
+    return Views(shift, torch.stack(crops, dim=1), torch.stack(flips, dim=1))
+
+
+def draw_crop(size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """A random resized crop of an image of `size`: int64 (4,), top, left, height and width."""
+    height, width = size
+    for _ in range(10):
+        share, ratio, down, across = torch.rand(4, generator=generator).tolist()
+        area = height * width * (AREA[0] + (AREA[1] - AREA[0]) * share)
+        aspect = math.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * ratio)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return torch.tensor([int(down * (height - h + 1)), int(across * (width - w + 1)), h, w])
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))  # the largest that is allowed
+    return torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
+
+
+def apply_view(x: torch.Tensor, view: View) -> torch.Tensor:
+    """Lane l of x (L, ..., H, W) cropped and resized back, flipped and shifted as view says; differentiable.
+
+    Crop, bilinear resize, flip and shift of one direction are together one linear map of rows (and one of columns):
+    x is multiplied from both sides, (H, H) @ x @ (W, W), and so is its gradient.
+    """
+    if view.crop is None or view.flip is None:
+        return circular_shift(x, view.shift)
+    height, width = x.shape[-2:]
+    rows = _resampling(view.crop[:, 0], view.crop[:, 2], view.shift[:, 0], torch.zeros_like(view.flip), height, x.dtype)
+    columns = _resampling(view.crop[:, 1], view.crop[:, 3], view.shift[:, 1], view.flip, width, x.dtype)
+    pixels = x.reshape(len(x), -1, height, width)
+    with torch.autocast(x.device.type, enabled=False):
+        return (rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)).view(x.shape)
+
+
+def _resampling(
+    first: torch.Tensor, length: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor, size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The matrices (L, size, size) that take a line of pixels to its view; all arguments (L,).
+
+    Pixel o of the view is pixel p = o - shift (mod size) of the resized crop, size-1-p if flipped, which lies at
+    (p + 1/2) * length / size - 1/2 in the crop: bilinear, half-pixel centres, edges repeated (as torch's interpolate).
+    """
+    line = torch.arange(size, device=first.device)
+    place = (line - shift[:, None]) % size  # (L, size)
+    place = torch.where(flip[:, None], size - 1 - place, place)
+    exact = ((place + 0.5) * (length[:, None].to(dtype) / size) - 0.5).clamp(min=0).to(dtype)
+    low = exact.floor()
+    high = torch.minimum(low + 1, length[:, None].to(dtype) - 1)
+    weight = (exact - low)[..., None]
+    at_low, at_high = ((first[:, None] + side.long())[..., None] == line for side in (low, high))  # (L, size, size)
+    return at_low * (1 - weight) + at_high * weight
 
 
 class _CircularShift(torch.autograd.Function):

@@ -78,6 +78,30 @@ def test_image_folder(generator, tmp_path):
     assert data.train.labels.tolist() == [0] * 4 + [1] * 4
 
 
+def test_tiny_imagenets_own_layout(generator, tmp_path):
+    wnids = ("n01443537", "n01629819")
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    lines = []
+    for c, wnid in enumerate(wnids):
+        (tmp_path / "train" / wnid / "images").mkdir(parents=True)
+        (tmp_path / "train" / wnid / f"{wnid}_boxes.txt").write_text("a.JPEG\t0\t0\t1\t1\n")
+        for i in range(3):
+            pixels = np.full((8, 8, 3), 50 + 100 * c, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+            Image.fromarray(pixels).save(tmp_path / "val" / "images" / f"val_{c}{i}.JPEG")
+            lines.append(f"val_{c}{i}.JPEG\t{wnid}\t0\t0\t7\t7")
+    (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(reversed(lines)) + "\n")
+    (tmp_path / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\nn01629819\tEuropean fire salamander\n")
+    dataset = load_dataset("tiny-imagenet", tmp_path)
+    assert dataset.classes == ("goldfish", "European fire salamander")
+    for split in (dataset.train, dataset.test):
+        assert torch.bincount(split.labels).tolist() == [3, 3]
+        assert (split.images.float().mean((1, 2, 3)) - (50 + 100 * split.labels)).abs().max() < 2
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_00.JPEG\tn00000000\t0\t0\t7\t7\n")
+    with pytest.raises(InferFastError, match="line 1: 'n00000000' is no class"):
+        load_dataset("tiny-imagenet", tmp_path)
+
+
 @pytest.mark.parametrize("compress", [False, True])
 def test_idx_files(generator, tmp_path, compress):
     images = torch.randint(0, 256, (20, 28, 28), generator=generator, dtype=torch.uint8).numpy()

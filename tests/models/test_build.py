@@ -11,6 +11,8 @@ PARAMETERS = {  # public counts of the CIFAR forms with 10 classes
     "mobilenetv2": 2_296_922,
     "efficientnet_b0": 3_599_686,
     "shufflenet_g2": 887_582,
+    "vgg16": 14_728_266,
+    "convnet128": 320_010,
 }
 
 
@@ -19,6 +21,24 @@ def test_the_published_teachers_have_the_published_sizes(name, count):
     network = build(name, 10, (32, 32))
     assert sum(p.numel() for p in network.parameters()) == count
     assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+@pytest.mark.parametrize("norm", ["", "-batchnorm", "-groupnorm", "-none"])
+def test_convnet_128_has_a_choice_of_depth_and_norm(depth, norm):
+    network = build(f"convnet128{'-d4' if depth == 4 else ''}{norm}", 10, (32, 32))
+    names = [type(module).__name__ for module in network.features]
+    assert names.count("Conv2d") == names.count("AvgPool2d") == depth
+    assert (
+        names[1] == {"": "GroupNorm", "-batchnorm": "BatchNorm2d", "-groupnorm": "GroupNorm", "-none": "Identity"}[norm]
+    )
+    assert network.classifier.in_features == 128 * (32 >> depth) ** 2
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_timm_networks_are_built_by_name():
+    pytest.importorskip("timm")
+    assert build("resnet10t", 7, (64, 64)).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
 
 
 @pytest.mark.parametrize("name", ["convnet", "convnet-residual", "convnet-separable", "convnet-silu"])

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from infer_fast.data.images import Split
+from infer_fast.data.loader import Augmentation, feed, resident_split
 from infer_fast.errors import InferFastError
+from infer_fast.models import build
 from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict, soft_loss
 
 
@@ -47,6 +50,59 @@ def test_fit_learns_and_follows_the_cosine_per_epoch(generator, optimizer):
     assert accuracy(network(x), y) > 90
     expected = [0.1 * (1 + torch.cos(torch.tensor(torch.pi * e / 4)).item()) / 2 for e in range(4) for _ in range(10)]
     assert rates == pytest.approx(expected)
+
+
+def test_the_rate_warms_up_linearly_before_the_cosine():
+    schedule = Schedule("sgd", 0.2, 0.0, 0.9, updates=100, updates_per_epoch=10, warm_up=4)
+    rates = [schedule.rate(epoch) for epoch in range(10)]
+    assert rates[0] == pytest.approx(0.002) and rates[4] == pytest.approx(0.2)
+    assert torch.tensor(rates[:5]).diff().diff().abs().max() < 1e-6  # a straight line
+    assert rates[7] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_labels_are_made_of_the_batch_the_student_sees(generator):
+    """make() doubles the images; the labels it gives are wrong and must not be used."""
+    x = torch.randn(32, 4, 1, 1, generator=generator)
+    seen = []
+
+    def label(images):
+        seen.append(images)
+        return torch.nn.functional.one_hot((images[:, 0, 0, 0] > 0).long(), 2).float()
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    stream = [(x, torch.zeros(32, 2))] * 60
+    schedule = Schedule("adamw", 0.1, 0.0, 0.9, 60, 60)
+    fit(network, stream, hard_loss, schedule, make=lambda images, targets: (2 * images, targets), label=label)
+    assert len(seen) == 60 and torch.equal(seen[0], 2 * x)
+    assert accuracy(network(x), (x[:, 0, 0, 0] > 0).long()) > 90
+
+
+def test_top_k_accuracy_counts_the_k_largest():
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0, -1]] * 7)
+    labels = torch.arange(7)
+    assert accuracy(logits, labels) == pytest.approx(100 / 7)
+    assert accuracy(logits, labels, top=5) == pytest.approx(500 / 7)
+    assert accuracy(logits[:3, :3], labels[:3], top=5) == 100
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_captured_step_trains_as_an_eager_one(generator, optimizer):
+    """Epochs of 3 full batches and a short one, so two graphs; and nothing waits for the device once captured."""
+    device = torch.device("cuda")
+    images = torch.randint(0, 256, (28, 3, 16, 16), generator=generator).to(torch.uint8)
+    own = resident_split(Split(images, torch.arange(28) % 4), 4, (0.5,) * 3, (0.25,) * 3).to(device)
+    trained = []
+    for engine in ("eager", "graph"):
+        network = build("convnet-silu", 4, (16, 16), seed=0).to(device)
+        stream, make = feed(
+            "fused", own, batch_size=8, updates=40, augmentation=Augmentation(2, True, "cutmix"),
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        schedule = Schedule(optimizer, 1e-3, 0.01, 0.9, 40, 4)
+        fit(network, stream, hard_loss, schedule, make=make, precision="float32", engine=engine)
+        trained.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    assert (trained[0] - trained[1]).norm() / trained[0].norm() < 1e-3
 
 
 def test_divergence_is_an_error():

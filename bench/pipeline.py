@@ -1,0 +1,167 @@
+"""The whole way from trained teachers to a judged student: synthesis, labels, training, test accuracy.
+
+    python -m bench.pipeline --quick
+    python -m bench.pipeline --output bench/results/pipeline-cpu.json
+
+The published way solves one task at a time, writes instances as JPEG files, labels them, and trains from the files
+with a DataLoader; ours keeps everything in device memory. Same teachers (freshly initialised: only time is measured
+here), same tasks, iterations, epochs and student. The columns are seconds of each stage.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import measure, published
+from bench.train import MEAN, STD, TEMPERATURE, pictures
+from infer_fast.data.distilled import DistilledSet, quantise
+from infer_fast.data.images import normalise, to_bytes
+from infer_fast.data.loader import Augmentation, feed, resident_distilled
+from infer_fast.models import build
+from infer_fast.models.train import Schedule, fit, predict, soft_loss
+from infer_fast.recipes import SynthesisSettings, base_images_per_class
+from infer_fast.relabel import relabel
+from infer_fast.squeeze import Teacher
+from infer_fast.synthesis import draw_views
+from infer_fast.synthesis.solver import Solver
+
+
+@dataclass(frozen=True)
+class Case:
+    """Classes, ipc, teachers, student; iterations of each task and epochs of the student."""
+
+    classes: int
+    ipc: int
+    teachers: tuple[str, ...]
+    student: str
+    iterations: int
+    epochs: int
+    size: int = 32
+    batch_size: int = 64
+    tests: int = 1000
+
+
+QUICK = [Case(10, 4, ("convnet", "convnet-silu"), "convnet128", 5, 2)]
+CPU = [
+    Case(10, 10, ("convnet", "convnet-residual", "convnet-separable", "convnet-silu"), "convnet128", 50, 20),
+    Case(100, 10, ("convnet", "convnet-silu"), "convnet128", 20, 3),
+]
+GPU = [
+    Case(10, 10, ("resnet18", "mobilenetv2"), "resnet18", 100, 20),
+    Case(100, 10, ("resnet18", "mobilenetv2", "efficientnet_b0", "shufflenet_g2"), "resnet18", 100, 10),
+]
+
+
+def main() -> None:
+    options = measure.arguments(__doc__.splitlines()[0])
+    rows: list[dict] = []
+    for case in QUICK if options.quick else GPU if torch.cuda.is_available() else CPU:
+        taken = {"published": whole_published(case), "ours": whole_ours(case)}
+        total = {way: sum(stages.values()) for way, stages in taken.items()}
+        for way, stages in taken.items():
+            rows.append(
+                {
+                    "case": f"{case.classes} classes, ipc {case.ipc}, {len(case.teachers)} teachers",
+                    "way": way,
+                    **{f"{stage} s": seconds for stage, seconds in stages.items()},
+                    "total s": total[way],
+                    "published / this": total["published"] / total[way],
+                }
+            )
+        measure.write(options.output, rows)
+    print(measure.machine())
+    print(measure.table(rows))
+
+
+class Clock:
+    """Seconds of stages that follow each other."""
+
+    def __init__(self):
+        self.stages: dict[str, float] = {}
+        self.began = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        measure.synchronise()
+        now = time.perf_counter()
+        self.stages[stage], self.began = now - self.began, now
+
+
+def material(case: Case) -> tuple[list[Teacher], torch.Tensor, torch.Tensor, int]:
+    """Teachers, base images uint8 (C, k, 3, H, W), test images, and k."""
+    size = (case.size, case.size)
+    networks = [build(name, case.classes, size, seed=0).eval().to(measure.device()) for name in case.teachers]
+    teachers = [Teacher(name, net, 0.0, None, "") for name, net in zip(case.teachers, networks, strict=True)]
+    k = base_images_per_class(case.ipc, len(teachers), case.classes)
+    base = pictures(case.classes * k, case.size).view(case.classes, k, 3, *size)
+    return teachers, base, normalise(pictures(case.tests, case.size), MEAN, STD).to(measure.device()), k
+
+
+def whole_ours(case: Case) -> dict[str, float]:
+    """Seconds of synthesis, labels, and training with a test, ours."""
+    teachers, base, tests, k = material(case)
+    device, clock = measure.device(), Clock()
+    settings = SynthesisSettings(iterations=case.iterations, lr=0.05, batch_size=case.classes)
+    images = normalise(base, MEAN, STD).transpose(0, 1).contiguous().to(device)  # (k, C, 3, H, W)
+    views = draw_views(0, 0, list(range(k)), iterations=case.iterations, jitter=settings.jitter)
+    dense = torch.stack([Solver(t.network, settings=settings).solve(images, views).cpu() for t in teachers])
+    clock.stop("synthesis")
+    shape = (case.classes, k, 1 + len(teachers), case.classes)
+    names = tuple(str(c) for c in range(case.classes))
+    blank = DistilledSet(base, quantise(dense, STD), torch.zeros(shape, dtype=torch.float16), MEAN, STD, names)
+    distilled = relabel(blank, teachers)
+    clock.stop("labels")
+    resident = resident_distilled(distilled, soft=True).to(device)
+    per_epoch = -(-len(distilled) // case.batch_size)
+    stream, make = feed(
+        "auto",
+        resident,
+        batch_size=case.batch_size,
+        updates=case.epochs * per_epoch,
+        augmentation=Augmentation(4, True, "mixup"),
+        generator=torch.Generator().manual_seed(0),
+    )
+    student = build(case.student, case.classes, (case.size, case.size), seed=0).to(device)
+    schedule = Schedule("adamw", 1e-3, 0.01, 0.9, case.epochs * per_epoch, per_epoch)
+    fit(student, stream, soft_loss(TEMPERATURE), schedule, make=make)
+    predict(student, lambda p: tests[p], len(tests))
+    clock.stop("training")
+    return clock.stages
+
+
+def whole_published(case: Case) -> dict[str, float]:
+    """Seconds of the same stages, the published way."""
+    teachers, base, tests, k = material(case)
+    device, clock = measure.device(), Clock()
+    settings = SynthesisSettings(iterations=case.iterations, lr=0.05, batch_size=case.classes)
+    images = normalise(base, MEAN, STD).transpose(0, 1).contiguous().to(device)
+    views = draw_views(0, 0, list(range(k)), iterations=case.iterations, jitter=settings.jitter)
+    instances = [images.cpu()]
+    for teacher in teachers:
+        solved = [published.solve(teacher.network, images[j], settings, views.shift[:, j]) for j in range(k)]
+        instances.append((images + torch.stack(solved)[:, None]).cpu())
+    clock.stop("synthesis")
+    whole = torch.stack(instances, dim=2).transpose(0, 1).flatten(0, 2)  # (C * k * (M+1), 3, H, W), class by class
+    labels = torch.arange(case.classes).repeat_interleave(len(whole) // case.classes)
+    with tempfile.TemporaryDirectory() as folder:
+        published.write_jpegs(to_bytes(whole, MEAN, STD), labels, Path(folder))
+        logits = published.label(whole, [t.network for t in teachers], device)
+        clock.stop("labels")
+        loader = published.Loader(Path(folder), case.size, case.batch_size, MEAN, STD, resized=False)
+        student = build(case.student, case.classes, (case.size, case.size), seed=0).to(device)
+        train = published.Trainer(student, TEMPERATURE)
+        for _ in range(case.epochs):
+            for batch, targets in loader.epoch(logits, device):
+                train.step(batch, targets)
+        published.label(tests, [student.eval()], device)
+        loader.close()
+    clock.stop("training")
+    return clock.stages
+
+
+if __name__ == "__main__":
+    main()
