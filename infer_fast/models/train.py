@@ -87,6 +87,12 @@ def hard_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, targets)
 
 
+def layout_of(network: nn.Module) -> torch.memory_format:
+    """channels_last, but contiguous with instance or group norms: their kernels are slow or missing in channels_last."""
+    slow = any(isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)) for module in network.modules())
+    return torch.contiguous_format if slow else torch.channels_last
+
+
 def as_given(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The batches are whole already."""
     return images, targets
@@ -104,14 +110,15 @@ def fit(
     engine: str = "auto",
     on_update: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """Trains `network` in place and leaves it in eval mode, weights float32 and channels_last.
+    """Trains `network` in place and leaves it in eval mode, weights float32, in the layout that suits it.
 
     batches: tuples of device tensors (or None) of which make(*batch) makes images (B, 3, H, W) and targets (B, C), as
     part of the step. label(images), if given, makes the targets instead: dynamic soft labels. precision and engine:
     see at_precision and infer_fast.models.engine. on_update(done) is called after every update.
     Nothing waits for the device between updates. Raises InferFastError when the weights became NaN or infinite.
     """
-    network.to(memory_format=torch.channels_last).train()
+    layout = layout_of(network)
+    network.to(memory_format=layout).train()
     device = next(network.parameters()).device
     chosen = choose_engine(engine, device)
     optimizer = _optimizer(network, schedule, captured=chosen.startswith("graph"))
@@ -120,7 +127,7 @@ def fit(
 
     def step(*batch: torch.Tensor | None) -> None:
         images, targets = make(*batch)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=layout)
         if label is not None:
             targets = label(images)
         optimizer.zero_grad(set_to_none=True)
@@ -152,9 +159,10 @@ def predict(
 ) -> torch.Tensor:
     """Logits float32 (count, C) of eval-mode `network` on images(positions) for positions 0..count-1, in batches."""
     network.eval()
+    layout = layout_of(network)
     logits = []
     for positions in torch.arange(count).split(batch_size):
-        batch = images(positions).contiguous(memory_format=torch.channels_last)
+        batch = images(positions).contiguous(memory_format=layout)
         logits.append(network(batch).float())
     return torch.cat(logits)
 
