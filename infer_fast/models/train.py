@@ -88,7 +88,7 @@ def hard_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def layout_of(network: nn.Module) -> torch.memory_format:
-    """channels_last, but contiguous with instance or group norms: their kernels are slow or missing in channels_last."""
+    """channels_last, but contiguous with instance or group norms, whose channels_last kernels are slow or missing."""
     slow = any(isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)) for module in network.modules())
     return torch.contiguous_format if slow else torch.channels_last
 

@@ -18,7 +18,7 @@ SHAPES = [
     (12, 2, 1, 9),
     (3, 16, 13, 11),
     (3, 67, 9, 5),
-    (6, 130, 3, 3),
+    (6, 70, 3, 3),
     (3, 3, 70, 65),
     (3, 1, 1, 1),
 ]
@@ -108,7 +108,7 @@ def test_backends_equal_the_float64_reference(generator, where, shape, layout, d
     slow = (backend, device) == ("triton", "cpu")
     if slow and (math.prod(shape) > 8000 or (lanes == 1 and shape != SHAPES[0])):
         pytest.skip("too slow in the interpreter")
-    if slow and shape[1] > 100 and (layout, dtype) == ("contiguous", torch.bfloat16):
+    if slow and shape[1] == 70 and (layout, dtype) == ("contiguous", torch.bfloat16):
         pytest.skip("too slow in the interpreter: a program for each channel and lane")
     parts = arguments(shape, generator, dtype)
     exact_parts = [p.double() for p in parts]
