@@ -28,7 +28,7 @@ def test_bytes_per_image_follow_the_pixels_and_the_precision():
     assert large == pytest.approx(4 * small, rel=0.05)
     assert memory.bytes_per_image(teacher, (32, 32), "bfloat16") == pytest.approx(large / 2, rel=0.1)
     norm_inputs = 4 * 32 * 32 * (5 * 64 + 5 * 128 / 4 + 5 * 256 / 16 + 5 * 512 / 64)  # all that a pass has to keep
-    assert norm_inputs < large < 2.5 * norm_inputs
+    assert norm_inputs < large < 3.5 * norm_inputs
 
 
 @pytest.mark.parametrize(
