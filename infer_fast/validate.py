@@ -2,7 +2,7 @@
 
     python -m infer_fast.validate --syn-data-path runs/digits
     python -m infer_fast.validate --syn-data-path runs/fashion-mnist --data-path DIR --networks resnet18 --seeds 5
-    python -m infer_fast.validate --syn-data-path runs/digits --compare none --epochs 100
+    python -m infer_fast.validate --syn-data-path IMAGES --dataset cifar10 --arch-name resnet18 --arch-path resnet18.pth
 
 Every row trains the same student from the same seeds with the same number of updates and the same schedule; only the
 training instances and their labels differ.
@@ -23,18 +23,18 @@ import torch
 from tyro.conf import arg
 
 from infer_fast import cli
-from infer_fast.data.distilled import CARD, DistilledSet, load
+from infer_fast.data.distilled import CARD, TENSORS, DistilledSet, load
 from infer_fast.data.files import read_json, write_json
 from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, normalise
 from infer_fast.data.loader import Augmentation, ResidentSet, choose_loader, feed, resident_distilled, resident_split
-from infer_fast.data.sources import load_dataset
+from infer_fast.data.sources import load_dataset, read_image_set
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict, soft_loss
 from infer_fast.progress import Stage, stage
-from infer_fast.recipes import Recipe, StudentSettings
-from infer_fast.relabel import dynamic_labels, label_images, teachers_of
-from infer_fast.squeeze import Teacher
+from infer_fast.recipes import Recipe, SqueezeSettings, StudentSettings
+from infer_fast.relabel import dynamic_labels, label_images, relabel, teachers_of
+from infer_fast.squeeze import Teacher, squeeze
 
 MEASUREMENTS = 5  # accuracies taken along a student's training, the last one at its end
 SOFT, DYNAMIC, HARD = "soft labels", "dynamic labels", "hard labels"
@@ -332,7 +332,13 @@ class ValidateOptions:
     """Flags of python -m infer_fast.validate."""
 
     syn_data_path: Path
-    """the distilled set's folder"""
+    """the distilled set's folder, or class folders of images that anyone wrote (newCCC, or named as the classes)"""
+    dataset: str | None = None
+    """the real dataset's name; None: the one the set was distilled from (class folders of images need it)"""
+    arch_name: Annotated[tuple[str, ...], arg(aliases=["--teacher-model"])] = ()
+    """teachers that label class folders of images"""
+    arch_path: tuple[Path, ...] = ()
+    """their checkpoints, one for each"""
     data_path: Path | None = None
     """the real dataset's folder (the test images, and what is compared)"""
     image_size: int | None = None
@@ -363,31 +369,77 @@ def _main(args: list[str]) -> None:
     options = cli.parse(
         ValidateOptions, default, args, "python -m infer_fast.validate", "Students on a distilled set, and the table."
     )
+    judged = _images_of_others(options) if _is_image_set(folder) else _our_set(options, recipe)
+    output = options.output_dir or options.syn_data_path
+    rows = validate(
+        judged.distilled,
+        judged.dataset,
+        judged.teachers,
+        options.student,
+        ipc=judged.ipc,
+        compare=options.compare,
+        seeds=options.seeds,
+        seed=judged.seed,
+        store=output / "students.json",
+    )
+    text = table(rows, judged.dataset.train.images.nbytes)
+    write_results(output, text, rows)
+    print(text)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A distilled set, the dataset it stands for (on the device), its teachers; ipc and the first student's seed."""
+
+    distilled: DistilledSet
+    dataset: ImageDataset
+    teachers: list[Teacher]
+    ipc: int
+    seed: int
+
+
+def _is_image_set(folder: Path) -> bool:
+    return folder.is_dir() and not (folder / TENSORS).exists() and any(p.is_dir() for p in folder.iterdir())
+
+
+def _our_set(options: ValidateOptions, recipe: Recipe) -> Judged:
     distilled = load(options.syn_data_path)
     data = distilled.card["dataset"]
     data_path = options.data_path or (Path(data["data_path"]) if data.get("data_path") else None)
-    dataset = load_dataset(data["name"], data_path, image_size=options.image_size or data.get("image_size"))
+    image_size = options.image_size or data.get("image_size")
+    dataset = load_dataset(options.dataset or data["name"], data_path, image_size=image_size)
     if dataset.fingerprint != data["fingerprint"]:
         raise InferFastError(
             f"{data['name']} is not the dataset this set was distilled from (its fingerprint differs)."
         )
     needed = options.compare != "none" or "dynamic" in options.student.labels
     teachers = teachers_of(distilled, options.syn_data_path) if needed else []
-    output = options.output_dir or options.syn_data_path
-    rows = validate(
-        distilled,
-        dataset.to(cli.device()),
-        teachers,
-        options.student,
-        ipc=recipe.ipc,
-        compare=options.compare,
-        seeds=options.seeds,
-        seed=distilled.card["recipe"]["synthesis"]["seed"],
-        store=output / "students.json",
+    seed = distilled.card["recipe"]["synthesis"]["seed"]
+    return Judged(distilled, dataset.to(cli.device()), teachers, recipe.ipc, seed)
+
+
+def _images_of_others(options: ValidateOptions) -> Judged:
+    """Class folders of images, labelled by the given teachers."""
+    folder = options.syn_data_path
+    if options.dataset is None or not options.arch_name or len(options.arch_name) != len(options.arch_path):
+        raise InferFastError(
+            f"{folder} holds class folders of images: name the dataset they stand for (--dataset, --data-path) and the "
+            "teachers that label them (--arch-name, and a checkpoint for each with --arch-path)."
+        )
+    dataset = load_dataset(options.dataset, options.data_path, image_size=options.image_size).to(cli.device())
+    images = read_image_set(folder, dataset.classes, options.image_size)
+    if tuple(images.shape[-2:]) != dataset.size:
+        raise InferFastError(
+            f"{folder} holds images of {images.shape[-1]}x{images.shape[-2]}, {dataset.name} of "
+            f"{dataset.size[1]}x{dataset.size[0]}: --image-size N brings both to NxN."
+        )
+    kept = (options.output_dir or folder.parent) / "teachers"
+    teachers = squeeze(
+        dataset, options.arch_name, SqueezeSettings(), seed=0, folder=kept, checkpoints=options.arch_path
     )
-    text = table(rows, dataset.train.images.nbytes)
-    write_results(output, text, rows)
-    print(text)
+    logits = torch.zeros(len(dataset.classes), images.shape[1], 1, len(dataset.classes), dtype=torch.float16)
+    unlabelled = DistilledSet(images, None, logits, dataset.mean, dataset.std, dataset.classes)
+    return Judged(relabel(unlabelled, teachers), dataset, teachers, images.shape[1], 0)
 
 
 def write_results(folder: Path, text: str, rows: list[Row]) -> None:

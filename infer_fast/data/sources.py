@@ -195,6 +195,42 @@ def _read_class_folders(folder: Path, classes: tuple[str, ...], image_size: int 
     return Split(_decode_all([(str(f), f) for f in files], image_size), torch.tensor(labels))
 
 
+def read_image_set(path: Path, classes: tuple[str, ...], image_size: int | None = None) -> torch.Tensor:
+    """A distilled set that anyone wrote as class folders of images, uint8 (C, k, 3, H, W).
+
+    Folders are newCCC or CCC (CCC the class's position), or named as the classes, or as many as there are classes (then
+    in sorted order). Raises InferFastError for a missing class, unequal numbers of images, or what doesn't decode.
+    """
+    folders = sorted(p for p in path.iterdir() if p.is_dir())
+    place = _class_positions([p.name for p in folders], classes)
+    missing = sorted(set(range(len(classes))) - set(place))
+    if missing or len(place) != len(classes):
+        raise InferFastError(
+            f"{path} has {len(folders)} class folders for {len(classes)} classes: none for {classes[missing[0]]!r}."
+            if missing
+            else f"{path} has {len(folders)} class folders for {len(classes)} classes: expected one for each."
+        )
+    ordered = [folder for _, folder in sorted(zip(place, folders, strict=True))]
+    files = [sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) for folder in ordered]
+    counts = [len(found) for found in files]
+    if min(counts) == 0 or min(counts) != max(counts):
+        few, many = ordered[counts.index(min(counts))], ordered[counts.index(max(counts))]
+        raise InferFastError(
+            f"{few} holds {min(counts)} images and {many} {max(counts)}: every class must have as many, at least 1."
+        )
+    images = _decode_all([(str(f), f) for found in files for f in found], image_size)
+    return images.view(len(classes), counts[0], *images.shape[1:])
+
+
+def _class_positions(names: list[str], classes: tuple[str, ...]) -> list[int]:
+    digits = [name.removeprefix("new") for name in names]
+    if all(d.isdigit() and int(d) < len(classes) for d in digits):
+        return [int(d) for d in digits]
+    if set(names) <= set(classes):
+        return [classes.index(name) for name in names]
+    return list(range(len(names)))
+
+
 def read_tiny_imagenet(path: Path, image_size: int | None = None) -> tuple[Split, Split, tuple[str, ...]]:
     """Tiny-ImageNet as it is published: train/<wnid>/images/*, val/images/* with their wnids in val_annotations.txt.
 
