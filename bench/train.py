@@ -10,6 +10,7 @@ infer_fast.data.loader, and the training step as infer_fast.models.train.fit run
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
         return run
 
     names = ["fused", "torch", "dali"] if case.size <= 64 else ["dali files"]
+    if importlib.util.find_spec("nvidia.dali") is None:
+        names = [name for name in names if not name.startswith("dali")]
     loading = {"published": lambda: [None for _ in loader.epoch(logits, device)], **{n: load(n) for n in names}}
     alone = measure.milliseconds_in_turn(loading, case.rounds)
     stepping = steps(case, logits, device, updates)

@@ -35,7 +35,7 @@ from infer_fast.export import export
 from infer_fast.models import build
 from infer_fast.models.engine import choose_engine
 from infer_fast.models.train import choose_precision
-from infer_fast.outlook import Room, describe, estimate, list_recipes
+from infer_fast.outlook import Room, describe, estimate, list_recipes, weights
 from infer_fast.progress import stage
 from infer_fast.recipes import SKIPPED_BATCHNORMS, Recipe, SynthesisSettings
 from infer_fast.relabel import relabel
@@ -165,6 +165,7 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     write_json(folder / CARD, card)
     write_report(folder)
     print(text)
+    print("\n" + weights(distilled, teachers, recipe.student.epochs, dataset.train.images.nbytes))
     print(f"\nThe distilled set is in {folder} (preview.png shows it, report.html tells the rest).")
     return rows
 

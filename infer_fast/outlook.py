@@ -11,9 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from infer_fast import cli
+from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.images import ImageDataset
 from infer_fast.models import MatchedTeacher, build
 from infer_fast.recipes import DATASETS, RECIPES, Recipe
+from infer_fast.squeeze import Teacher
 from infer_fast.synthesis.plan import Plan, make_plan
 
 
@@ -82,6 +84,28 @@ def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, flo
         training = seconds_per_image(lambda network=network: network(images))
         validation += students * training * recipe.student.epochs * plan.instances
     return {"squeeze": squeezing, "synthesis": synthesis, "validate": validation}
+
+
+def weights(distilled: DistilledSet, teachers: list[Teacher], epochs: int, whole: int) -> str:
+    """What a distilled set weighs, part by part, in bytes and as a share of the training images (`whole` bytes).
+
+    Dynamic labels weigh what the teachers weigh. FKD (arXiv 2112.01528) would store float16 logits, four crop
+    coordinates and a flip for every instance of every one of `epochs` epochs.
+    """
+    added = 0 if distilled.compensators is None else sum(t.nbytes for t in distilled.compensators)
+    parts = {
+        "base images" if added else "images": distilled.base.nbytes,
+        "compensators, scales and offsets": added,
+        "soft labels, static": distilled.label_bytes,
+        "soft labels, dynamic (the teachers)": sum(
+            t.nbytes for teacher in teachers for t in teacher.network.state_dict().values()
+        ),
+        f"soft labels of {epochs} epochs' crops (FKD, if stored)": epochs
+        * len(distilled)
+        * (2 * len(distilled.classes) + 4 * 2 + 1),
+    }
+    rows = [f"| {name} | {size:,} | {100 * size / whole:.3g} % |" for name, size in parts.items() if size]
+    return "\n".join(["| part | bytes | share of the training images |", "| --- | ---: | ---: |", *rows])
 
 
 def list_recipes() -> str:

@@ -31,6 +31,7 @@ from infer_fast.data.sources import load_dataset, read_image_set
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict, soft_loss
+from infer_fast.outlook import weights
 from infer_fast.progress import Stage, stage
 from infer_fast.recipes import Recipe, SqueezeSettings, StudentSettings
 from infer_fast.relabel import dynamic_labels, label_images, relabel, teachers_of
@@ -385,6 +386,7 @@ def _main(args: list[str]) -> None:
     text = table(rows, judged.dataset.train.images.nbytes)
     write_results(output, text, rows)
     print(text)
+    print("\n" + weights(judged.distilled, judged.teachers, options.student.epochs, judged.dataset.train.images.nbytes))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,12 @@ def test_the_whole_way_ends_with_the_table(finished):
     assert len(card["results"]) == 5 and card["teachers"][0]["name"] == "convnet"
     assert card["tasks"][0]["last_loss"] > 0 and card["recipe"]["synthesis"]["iterations"] == 6
     assert "synthesis: 36/36 task iterations" in done.stderr
+    weights = {
+        line.split("|")[1].strip(): line.split("|")[2].strip() for line in done.stdout.splitlines() if "|" in line
+    }
+    assert weights["base images"] == "5,760" and weights["compensators, scales and offsets"] == f"{6 * (192 + 12):,}"
+    assert weights["soft labels, static"] == "1,800"
+    assert weights["soft labels of 2 epochs' crops (FKD, if stored)"] == f"{2 * 90 * 29:,}"
 
 
 def test_the_file_weighs_what_the_card_says(finished):

@@ -59,7 +59,7 @@ def reference(
     if lam is not None:
         weight = lam.to(wide).view(-1, 1, 1, 1)
         pixels = weight * pixels + (1 - weight) * pixels[partner]
-    mean_, std_ = (torch.tensor(v, dtype=wide, device=base.device).view(3, 1, 1) for v in (mean, std))
+    mean_, std_ = _statistics(tuple(mean), tuple(std), wide, base.device).view(2, 3, 1, 1)
     return ((pixels - mean_) / std_).to(dtype)
 
 
@@ -174,7 +174,7 @@ def _compose(
         from infer_fast.kernels import compose as kernels
 
         if out.numel():
-            statistics = _statistics(tuple(mean), tuple(std), base.device)
+            statistics = _statistics(tuple(mean), tuple(std), torch.float32, base.device)
             compensators = None if values is None else held[2:5]
             kernels.compose(*held[:2], compensators, *held[5:], statistics, out)
         return out
@@ -194,9 +194,9 @@ def _compose(
 
 
 @lru_cache(maxsize=16)
-def _statistics(mean: tuple, std: tuple, device: torch.device) -> torch.Tensor:
-    """mean and std on the device, float32 (2, 3): sent once, for a copy from the host would end a capture."""
-    return torch.tensor([mean, std], dtype=torch.float32, device=device)
+def _statistics(mean: tuple, std: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """mean and std on the device, (2, 3): sent once, for a copy from the host would end a capture."""
+    return torch.tensor([mean, std], dtype=dtype, device=device)
 
 
 @_compose.register_fake

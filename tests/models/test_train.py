@@ -9,6 +9,8 @@ from infer_fast.data.loader import Augmentation, feed, resident_split
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict, soft_loss
+from infer_fast.relabel import dynamic_labels
+from infer_fast.squeeze import Teacher
 
 
 def test_soft_loss_is_kl_of_tempered_softmaxes_without_t_squared(generator):
@@ -86,21 +88,26 @@ def test_top_k_accuracy_counts_the_k_largest():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["fused", "torch"])
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_captured_step_trains_as_an_eager_one(generator, optimizer):
+def test_a_captured_step_trains_as_an_eager_one(generator, optimizer, dynamic, loader):
     """Epochs of 3 full batches and a short one, so two graphs; and nothing waits for the device once captured."""
     device = torch.device("cuda")
     images = torch.randint(0, 256, (28, 3, 16, 16), generator=generator).to(torch.uint8)
     own = resident_split(Split(images, torch.arange(28) % 4), 4, (0.5,) * 3, (0.25,) * 3).to(device)
+    teacher = Teacher("convnet", build("convnet", 4, (16, 16), seed=1).eval().to(device), 0.0, None, "")
+    label = dynamic_labels([teacher], "float32") if dynamic else None
     trained = []
     for engine in ("eager", "graph"):
         network = build("convnet-silu", 4, (16, 16), seed=0).to(device)
         stream, make = feed(
-            "fused", own, batch_size=8, updates=40, augmentation=Augmentation(2, True, "cutmix"),
+            loader, own, batch_size=8, updates=40, augmentation=Augmentation(2, True, "cutmix"),
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         schedule = Schedule(optimizer, 1e-3, 0.01, 0.9, 40, 4)
-        fit(network, stream, hard_loss, schedule, make=make, precision="float32", engine=engine)
+        loss = soft_loss(4.0) if dynamic else hard_loss
+        fit(network, stream, loss, schedule, make=make, label=label, precision="float32", engine=engine)
         trained.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
     assert (trained[0] - trained[1]).norm() / trained[0].norm() < 1e-3
 
