@@ -41,7 +41,7 @@ def draw(path: Path, folder: Path) -> Path:
     left.set_yticks(places, [b["label"] for b in bars], fontsize=8)
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xlabel("times faster than the published way")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     left.invert_yaxis()
     right.barh(places, [100 * b["share"] for b in bars], height=0.5, color=COLOURS["share"])
     right.set_xlabel(f"% of the hardware's measured limit ({bars[0]['limit']})")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch import nn
 from tyro.conf import arg
 
 from infer_fast import cli
@@ -36,6 +37,7 @@ from infer_fast.progress import Stage, stage
 from infer_fast.recipes import Recipe, SqueezeSettings, StudentSettings
 from infer_fast.relabel import dynamic_labels, label_images, relabel, teachers_of
 from infer_fast.squeeze import Teacher, squeeze
+from infer_fast.tsne import draw
 
 MEASUREMENTS = 5  # accuracies taken along a student's training, the last one at its end
 SOFT, DYNAMIC, HARD = "soft labels", "dynamic labels", "hard labels"
@@ -231,30 +233,29 @@ def _student(
     """{"instances", "last", "best", "top5"} of one student, from the store if it is there."""
     resident = candidate.resident(seed)
     key = _key(candidate, resident, dataset, network, settings, seed)
-    updates = _updates(candidate, settings, per_epoch)
     result = results.get(key)
     if result is None:
-        measured = _train(resident, candidate.label, dataset, network, settings, updates, per_epoch, seed, running)
+        _, measured = _train(candidate, resident, dataset, network, settings, per_epoch, seed, running)
         best = max(top1 for top1, _ in measured)
         result = {"instances": len(resident), "last": measured[-1][0], "best": best, "top5": measured[-1][1]}
         results.put(key, result)
     else:
-        running.advance(updates)
+        running.advance(_updates(candidate, settings, per_epoch))
     return result
 
 
 def _train(
+    candidate: Candidate,
     resident: ResidentSet,
-    label: Callable[[torch.Tensor], torch.Tensor] | None,
     dataset: ImageDataset,
     name: str,
     settings: StudentSettings,
-    updates: int,
     per_epoch: int,
     seed: int,
     running: Stage,
-) -> list[tuple[float, float]]:
-    """Top-1 and top-5 test accuracies in percent along one student's training, the last ones at its end."""
+) -> tuple[nn.Module, list[tuple[float, float]]]:
+    """A trained student, and its top-1 and top-5 test accuracies in percent along the way, the last ones at its end."""
+    updates = _updates(candidate, settings, per_epoch)
     device = dataset.train.images.device
     network = build(name, len(dataset.classes), dataset.size, seed=seed).to(device)
     moments = {-(-updates * part // MEASUREMENTS) for part in range(1, MEASUREMENTS + 1)}
@@ -287,8 +288,24 @@ def _train(
     )
     loss = soft_loss(settings.temperature) if resident.soft else hard_loss
     how = {"precision": settings.precision, "engine": settings.engine}
-    fit(network, stream, loss, schedule, make=make, label=label, on_update=measure, **how)
-    return measured
+    fit(network, stream, loss, schedule, make=make, label=candidate.label, on_update=measure, **how)
+    return network, measured
+
+
+def tsne(judged: Judged, settings: StudentSettings, path: Path) -> Path:
+    """Trains a student on the distilled set and one on random real images of its bytes, and draws what both see."""
+    candidates = _candidates(judged.distilled, judged.dataset, judged.teachers, judged.ipc, "all", settings)
+    pair = [next(c for c in candidates if c.trained_on == kind) for kind in ("distilled", "random real")]
+    per_epoch = -(-len(judged.distilled) // settings.batch_size)
+    networks = {}
+    with stage("t-SNE", sum(_updates(c, settings, per_epoch) for c in pair), "updates") as running:
+        for candidate in pair:
+            resident = candidate.resident(judged.seed)
+            network, measured = _train(
+                candidate, resident, judged.dataset, settings.networks[0], settings, per_epoch, judged.seed, running
+            )
+            networks[f"trained on {candidate.trained_on}, {candidate.labels}: {measured[-1][0]:.1f} %"] = network
+    return draw(networks, judged.dataset, path, judged.seed)
 
 
 def _row(network: str, candidate: Candidate, each: list[dict], updates: int) -> Row:
@@ -348,6 +365,8 @@ class ValidateOptions:
     """independent students per row"""
     compare: Compare = "random"
     """rows beside the distilled set's: none; random real images of the same bytes; all (and the whole dataset)"""
+    tsne: bool = False
+    """also draw t-SNE of a student's features, distilled-trained beside random-trained: tsne.png"""
     output_dir: Path | None = None
     """where table.md and students.json go; None: the distilled set's folder"""
     student: Annotated[StudentSettings, arg(name="")] = field(default_factory=StudentSettings)
@@ -386,6 +405,8 @@ def _main(args: list[str]) -> None:
     text = table(rows, judged.dataset.train.images.nbytes)
     write_results(output, text, rows)
     print(text)
+    if options.tsne:
+        print(f"\n{tsne(judged, options.student, output / 'tsne.png')}")
     print("\n" + weights(judged.distilled, judged.teachers, options.student.epochs, judged.dataset.train.images.nbytes))
 
 
@@ -414,7 +435,7 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Judged:
         raise InferFastError(
             f"{data['name']} is not the dataset this set was distilled from (its fingerprint differs)."
         )
-    needed = options.compare != "none" or "dynamic" in options.student.labels
+    needed = options.compare != "none" or options.tsne or "dynamic" in options.student.labels
     teachers = teachers_of(distilled, options.syn_data_path) if needed else []
     seed = distilled.card["recipe"]["synthesis"]["seed"]
     return Judged(distilled, dataset.to(cli.device()), teachers, recipe.ipc, seed)

@@ -132,9 +132,10 @@ def test_the_table_has_mean_and_sample_deviation(parts):
 def test_the_command_line_on_a_finished_run(tmp_path, run_module, copied_run):
     done = run_module(
         "validate", "--syn-data-path", "runs/digits", "--compare=random", "--seeds=2", "--epochs=1",
-        "--networks", "convnet-silu", "--output-dir", "out", "-T", "3",
+        "--networks", "convnet-silu", "--output-dir", "out", "-T", "3", "--tsne",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "tsne.png").stat().st_size > 5000
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [(r["network"], r["trained_on"], len(r["last"])) for r in rows] == [
         ("convnet-silu", "distilled", 2), ("convnet-silu", "random real", 2),

@@ -1,0 +1,68 @@
+"""What students see: t-SNE (van der Maaten and Hinton 2008) of their features of test images, side by side.
+
+Used by python -m infer_fast.validate --tsne.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from infer_fast.data.files import write_atomically
+from infer_fast.data.images import ImageDataset, normalise
+from infer_fast.errors import InferFastError
+from infer_fast.models.train import predict
+
+CLASSES, EACH = 10, 60  # at most so many classes, and test images of each
+PERPLEXITY = 30.0
+
+
+def features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the last linear layer of `network` sees, float32 (N, D), for normalised images (N, 3, H, W).
+
+    Raises InferFastError for a network without a linear layer.
+    """
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise InferFastError(f"{type(network).__name__} has no linear layer whose input could be drawn.")
+    seen: list[torch.Tensor] = []
+    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
+    try:
+        predict(network, lambda p: images[p], len(images))
+    finally:
+        handle.remove()
+    return torch.cat(seen).flatten(1)
+
+
+def draw(networks: Mapping[str, nn.Module], dataset: ImageDataset, path: Path, seed: int = 0) -> Path:
+    """One panel for each named network: the first classes' test images in two dimensions, as a PNG at `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from sklearn.manifold import TSNE
+
+    shown = range(min(CLASSES, len(dataset.classes)))
+    positions = torch.cat([torch.nonzero(dataset.test.labels == c).flatten()[:EACH] for c in shown])
+    images = normalise(dataset.test.images[positions], dataset.mean, dataset.std)
+    labels = dataset.test.labels[positions].cpu().numpy()
+    perplexity = min(PERPLEXITY, (len(positions) - 1) / 3)
+    figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 5), squeeze=False)
+    for axis, (name, network) in zip(axes[0], networks.items(), strict=True):
+        points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(features(network, images))
+        for c in shown:
+            axis.scatter(*points[labels == c].T, s=9, label=dataset.classes[c])
+        axis.set_title(name, fontsize=10)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[0][-1].legend(fontsize=7, loc="best")
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    return path

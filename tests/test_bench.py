@@ -1,0 +1,40 @@
+"""What the benchmarks share: tables, pictures, limits."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from bench import distill, measure, plot
+from infer_fast.models import build
+
+
+def test_every_committed_result_names_its_machine_and_can_be_tabled():
+    found = list(plot.RESULTS.glob("*.json"))
+    assert {p.stem.split("-")[0] for p in found} >= {"distill", "ops", "memory", "train", "pipeline", "profile"}
+    for path in found:
+        result = json.loads(path.read_text())
+        assert {"device", "torch", "date", "threads"} <= set(result["machine"])
+        lines = measure.table(result["rows"]).splitlines()
+        assert len(lines) == 2 + len(result["rows"]) and len({line.count(" | ") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("name", ["distill-cpu", "ops-cpu"])
+def test_results_are_drawn(tmp_path, name):
+    with Image.open(plot.draw(plot.RESULTS / f"{name}.json", tmp_path)) as picture:
+        assert picture.width > 500 and len(picture.convert("RGB").getcolors(2**24)) > 20
+
+
+def test_functions_are_timed_in_turn():
+    calls = []
+    taken = measure.milliseconds_in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4 and set(taken) == {"a", "b"} and min(taken.values()) >= 0
+
+
+def test_operations_of_an_iteration_are_those_of_its_convolutions():
+    """One 3x3 convolution from 3 to 32 channels at 8x8: 2 * 9 * 3 * 32 * 64 operations forward, as many backward."""
+    teacher = build("convnet", 5, (8, 8), seed=0)
+    convolutions = [(3, 32, 64), (32, 64, 16), (64, 128, 4)]
+    expected = 2 * sum(2 * 9 * i * o * pixels for i, o, pixels in convolutions) + 2 * 2 * 128 * 5
+    assert distill.flops(teacher, torch.zeros(2, 6, 3, 8, 8)) == 2 * 6 * expected

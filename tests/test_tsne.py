@@ -1,0 +1,27 @@
+"""Features and their picture."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from infer_fast.errors import InferFastError
+from infer_fast.models import build
+from infer_fast.tsne import draw, features
+
+
+def test_features_are_the_last_linear_layers_input(generator):
+    network = build("convnet", 4, (8, 8), seed=0).eval()
+    images = torch.randn(5, 3, 8, 8, generator=generator)
+    seen = features(network, images)
+    torch.testing.assert_close(network.classifier(seen), network(images), atol=1e-4, rtol=1e-4)
+    with pytest.raises(InferFastError, match="no linear layer"):
+        features(nn.Identity(), images)
+
+
+def test_the_picture_has_a_panel_for_each_network(tiny_dataset, tmp_path):
+    networks = {str(seed): build("convnet", 4, (8, 8), seed=seed).eval() for seed in (0, 1)}
+    one, two = (draw(dict(list(networks.items())[:n]), tiny_dataset, tmp_path / f"{n}.png") for n in (1, 2))
+    with Image.open(one) as single, Image.open(two) as double:
+        assert double.width == pytest.approx(2 * single.width, rel=0.02) and double.height == single.height
+        assert len(double.convert("RGB").getcolors(2**24)) > 20  # points are on it
