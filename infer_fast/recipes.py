@@ -95,10 +95,18 @@ class StudentSettings:
     """momentum (sgd only)"""
     weight_decay: float = 0.01
     """weight decay"""
+    lr_scheduler: Literal["cosineannealinglr", "steplr", "exponentiallr"] = "cosineannealinglr"
+    """how the learning rate falls, once per epoch"""
+    lr_step_size: int = 30
+    """epochs between two steps (steplr only)"""
+    lr_gamma: float = 0.1
+    """factor of a step (steplr), or of an epoch (exponentiallr)"""
     lr_warmup_epochs: int = 0
-    """epochs in which the learning rate first rises linearly (the cosine comes after)"""
+    """epochs before that, in which the learning rate rises from lr_warmup_decay times lr"""
     lr_warmup_decay: float = 0.01
     """where that rise starts, as a share of the learning rate"""
+    lr_warmup_method: Literal["linear", "constant"] = "linear"
+    """linear: it rises to lr; constant: it stays at lr_warmup_decay times lr"""
     temperature: Annotated[float, arg(aliases=["-T"])] = 30.0
     """softmax temperature of the soft-label loss"""
     mix_type: Literal["mixup", "cutmix", "none"] = "mixup"
@@ -114,6 +122,8 @@ class StudentSettings:
     """random horizontal flip"""
     loader: Literal["auto", "fused", "dali", "torch"] = "auto"
     """what makes the batches; auto: fused, one kernel from the stored bytes"""
+    workers: Annotated[int, arg(aliases=["-j"])] = 4
+    """threads of the dali loader (the others need none)"""
     engine: Literal["auto", "eager", "compile", "graph", "graph-compile"] = "auto"
     """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"

@@ -41,6 +41,7 @@ from infer_fast.tsne import draw
 
 MEASUREMENTS = 5  # accuracies taken along a student's training, the last one at its end
 SOFT, DYNAMIC, HARD = "soft labels", "dynamic labels", "hard labels"
+SCHEDULES = {"cosineannealinglr": "cosine", "steplr": "step", "exponentiallr": "exponential"}
 Compare = Literal["none", "random", "all"]
 
 
@@ -275,6 +276,7 @@ def _train(
         updates=updates,
         augmentation=Augmentation(settings.padding, settings.flip, settings.mix_type, settings.mix_alpha),
         generator=torch.Generator().manual_seed(seed),
+        workers=settings.workers,
     )
     schedule = Schedule(
         settings.optimizer,
@@ -285,6 +287,10 @@ def _train(
         per_epoch,
         settings.lr_warmup_epochs,
         settings.lr_warmup_decay,
+        settings.lr_warmup_method,
+        SCHEDULES[settings.lr_scheduler],
+        settings.lr_step_size,
+        settings.lr_gamma,
     )
     loss = soft_loss(settings.temperature) if resident.soft else hard_loss
     how = {"precision": settings.precision, "engine": settings.engine}

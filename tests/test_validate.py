@@ -95,6 +95,38 @@ def test_dynamic_labels_make_rows_of_their_own_with_fewer_epochs(parts):
     assert alone == rows[1]
 
 
+CHANGED = {
+    "lr": 2e-3, "lr_scheduler": "steplr", "lr_warmup_epochs": 3, "weight_decay": 0.5, "optimizer": "sgd",
+    "temperature": 9.0, "mix_type": "cutmix", "mix_alpha": 0.1, "padding": 2, "flip": True, "batch_size": 5, "epochs": 3,
+}  # fmt: skip
+
+
+def test_every_setting_of_a_student_takes_effect(parts, monkeypatch):
+    """A student ends with other weights for each setting that is changed, the schedulers' own settings included."""
+    from infer_fast import validate as module
+
+    distilled, dataset, teachers = parts
+    ended = []
+    original = module.fit
+
+    def recording(network, *args, **kwargs):
+        original(network, *args, **kwargs)
+        ended.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+        return network
+
+    monkeypatch.setattr(module, "fit", recording)
+    plain = replace(STUDENT, epochs=6, mix_type="mixup", lr_step_size=2)
+    stepped = replace(plain, lr_scheduler="steplr")
+    warmed = replace(plain, lr_warmup_epochs=3)
+    variants = [plain, *(replace(plain, **{name: value}) for name, value in CHANGED.items())]
+    variants += [replace(stepped, lr_step_size=4), replace(stepped, lr_gamma=0.7), replace(warmed, lr_warmup_decay=0.5)]
+    variants += [replace(warmed, lr_warmup_method="constant"), replace(plain, optimizer="sgd", momentum=0.3)]
+    for settings in variants:
+        validate(distilled, dataset, teachers, settings, ipc=3, compare="none", seeds=1)
+    for i, one in enumerate(ended):
+        assert not any(torch.equal(one, other) for other in ended[:i]), variants[i]
+
+
 def test_dynamic_labels_are_the_teachers_averaged_logits(generator):
     networks = [build("convnet", 4, (8, 8), seed=seed).eval() for seed in (0, 1)]
     images = torch.randn(5, 3, 8, 8, generator=generator)

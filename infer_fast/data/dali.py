@@ -21,13 +21,18 @@ from infer_fast.data.loader import Augmentation, ResidentSet, batches, inside, m
 from infer_fast.errors import InferFastError
 from infer_fast.ops import compose
 
-THREADS = 4
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # RandomResizedCrop's share of the image and aspect ratio
 RESIZE = 256 / 224  # a test image's shorter side over the crop taken from its centre
 
 
 def resident_batches(
-    resident: ResidentSet, *, batch_size: int, updates: int, augmentation: Augmentation, generator: torch.Generator
+    resident: ResidentSet,
+    *,
+    batch_size: int,
+    updates: int,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    workers: int = 4,
 ) -> Iterator[tuple]:
     """`updates` batches of a resident set, cropped, flipped and normalised by DALI: what `finish` takes.
 
@@ -63,7 +68,7 @@ def resident_batches(
             )
         return _normalised(fn, types, images, resident.mean, resident.std, augmentation.flip)
 
-    for (images,) in _run(augment, batch_size, resident.base.device, seed):
+    for (images,) in _run(augment, batch_size, resident.base.device, seed, workers):
         yield images, *waiting.popleft()
 
 
@@ -103,6 +108,7 @@ def file_batches(
     generator: torch.Generator | None = None,
     shard: int = 0,
     shards: int = 1,
+    workers: int = 4,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One epoch of a shard: images float32 (B, 3, size, size), normalised, and classes int64 (B,), on `device`.
 
@@ -139,7 +145,7 @@ def file_batches(
         return _normalised(fn, types, images, *pixels, training)
 
     try:
-        for (images,) in _run(decode, batch_size, device, seed + shard):
+        for (images,) in _run(decode, batch_size, device, seed + shard, workers):
             yield images, source.labels[waiting.popleft()].to(device, non_blocking=True)
     except RuntimeError as error:
         read = [source.files[p] for positions in waiting for p in positions.tolist()]
@@ -156,11 +162,13 @@ def _normalised(fn: ModuleType, types: ModuleType, images, mean: Sequence[float]
     )
 
 
-def _run(build: Callable, batch_size: int, device: torch.device, seed: int) -> Iterator[list[torch.Tensor]]:
+def _run(
+    build: Callable, batch_size: int, device: torch.device, seed: int, workers: int
+) -> Iterator[list[torch.Tensor]]:
     """The outputs of a pipeline, batch after batch until its source ends; build(fn, types, "cpu" or "gpu") makes it."""
     fn, types, pipeline = _dali()
     on_gpu = device.type == "cuda"
-    running = pipeline(batch_size, THREADS, (device.index or 0) if on_gpu else None, seed=seed)
+    running = pipeline(batch_size, workers, (device.index or 0) if on_gpu else None, seed=seed)
     with running:
         running.set_outputs(build(fn, types, "gpu" if on_gpu else "cpu"))
     while True:

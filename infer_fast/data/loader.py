@@ -135,18 +135,20 @@ def feed(
     updates: int,
     augmentation: Augmentation,
     generator: torch.Generator,
+    workers: int = 4,
 ) -> tuple[Iterator[tuple], Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
     """(batches, make) for infer_fast.models.train.fit: `updates` batches of `resident` through `loader`.
 
     make(*batch) gives images float32 (B, 3, H, W) normalised and targets float32 (B, C). Every epoch is one shuffle;
-    its last batch may be short. Raises InferFastError for an unknown loader, or dali where it is not installed.
+    its last batch may be short. workers: dali's threads. Raises InferFastError for an unknown loader, or dali where it
+    is not installed.
     """
     options = {"batch_size": batch_size, "updates": updates, "augmentation": augmentation, "generator": generator}
     chosen = choose_loader(loader)
     if chosen == "dali":
         from infer_fast.data import dali
 
-        return dali.resident_batches(resident, **options), dali.finish
+        return dali.resident_batches(resident, workers=workers, **options), dali.finish
     return batches(resident, **options), Composer(resident, backend="reference" if chosen == "torch" else None)
 
 

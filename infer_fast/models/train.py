@@ -49,9 +49,11 @@ def at_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimiser and its schedule: `updates` steps, cosine to 0, stepped once per `updates_per_epoch`.
+    """The optimiser and its schedule: `updates` steps, the rate changed once per `updates_per_epoch`.
 
-    warm_up: epochs in which the rate first rises linearly, from warm_up_from times lr to lr (the cosine comes after).
+    kind: cosine (to 0), step (times gamma every step_size epochs) or exponential (times gamma every epoch).
+    warm_up: epochs before that, in which the rate rises linearly from warm_up_from times lr to lr, or stays there
+    (warm_up_kind constant).
     """
 
     optimizer: str
@@ -62,13 +64,23 @@ class Schedule:
     updates_per_epoch: int
     warm_up: int = 0
     warm_up_from: float = 0.01
+    warm_up_kind: str = "linear"
+    kind: str = "cosine"
+    step_size: int = 30
+    gamma: float = 0.1
 
     def rate(self, epoch: int) -> float:
         """The learning rate of `epoch`, counted from 0."""
         if epoch < self.warm_up:
-            return self.lr * (self.warm_up_from + (1 - self.warm_up_from) * epoch / self.warm_up)
+            risen = epoch / self.warm_up if self.warm_up_kind == "linear" else 0.0
+            return self.lr * (self.warm_up_from + (1 - self.warm_up_from) * risen)
+        after = epoch - self.warm_up
+        if self.kind == "step":
+            return self.lr * self.gamma ** (after // self.step_size)
+        if self.kind == "exponential":
+            return self.lr * self.gamma**after
         epochs = max(1, -(-self.updates // self.updates_per_epoch) - self.warm_up)
-        return self.lr * (1 + math.cos(math.pi * (epoch - self.warm_up) / epochs)) / 2
+        return self.lr * (1 + math.cos(math.pi * after / epochs)) / 2
 
 
 def soft_loss(temperature: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

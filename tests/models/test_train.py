@@ -62,6 +62,35 @@ def test_the_rate_warms_up_linearly_before_the_cosine():
     assert rates[7] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
 
 
+def test_other_schedules_fall_as_torchs_do():
+    """steplr and exponentiallr against torch's own schedulers, after a constant warm-up."""
+    parameter = nn.Parameter(torch.zeros(1))
+    for kind, cls, options in (
+        ("step", torch.optim.lr_scheduler.StepLR, {"step_size": 3, "gamma": 0.5}),
+        ("exponential", torch.optim.lr_scheduler.ExponentialLR, {"gamma": 0.9}),
+    ):
+        optimizer = torch.optim.SGD([parameter], lr=0.2)
+        theirs = cls(optimizer, **options)
+        expected = [0.002, 0.002]
+        for _ in range(8):
+            expected.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            theirs.step()
+        schedule = Schedule(
+            "sgd",
+            0.2,
+            0.0,
+            0.9,
+            updates=10,
+            updates_per_epoch=1,
+            warm_up=2,
+            warm_up_kind="constant",
+            kind=kind,
+            **options,
+        )
+        assert [schedule.rate(epoch) for epoch in range(10)] == pytest.approx(expected)
+
+
 def test_labels_are_made_of_the_batch_the_student_sees(generator):
     """make() doubles the images; the labels it gives are wrong and must not be used."""
     x = torch.randn(32, 4, 1, 1, generator=generator)
