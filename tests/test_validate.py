@@ -97,7 +97,8 @@ def test_dynamic_labels_make_rows_of_their_own_with_fewer_epochs(parts):
 
 CHANGED = {
     "lr": 2e-3, "lr_scheduler": "steplr", "lr_warmup_epochs": 3, "weight_decay": 0.5, "optimizer": "sgd",
-    "temperature": 9.0, "mix_type": "cutmix", "mix_alpha": 0.1, "padding": 2, "flip": True, "batch_size": 5, "epochs": 3,
+    "temperature": 9.0, "mix_type": "cutmix", "mix_alpha": 0.1, "padding": 2, "flip": True, "batch_size": 5,
+    "epochs": 3,
 }  # fmt: skip
 
 
