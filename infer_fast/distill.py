@@ -37,7 +37,7 @@ from infer_fast.models.engine import choose_engine
 from infer_fast.models.train import choose_precision
 from infer_fast.outlook import Room, describe, estimate, list_recipes, weights
 from infer_fast.progress import stage
-from infer_fast.recipes import SKIPPED_BATCHNORMS, Recipe, SynthesisSettings
+from infer_fast.recipes import SKIPPED_BATCHNORMS, Engine, Precision, Recipe, SynthesisSettings
 from infer_fast.relabel import relabel
 from infer_fast.report import write_report
 from infer_fast.squeeze import Teacher, squeeze
@@ -78,9 +78,9 @@ class DistillOptions:
     """tasks solved side by side in one batch; None: as many as fill the device and fit its free memory"""
     chunk: int | None = None
     """images of a task in one pass (all are matched as one batch all the same); None: all, or what fits the memory"""
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """of the teachers' passes; auto: bfloat16 on a GPU, float32 elsewhere"""
-    engine: Literal["auto", "eager", "compile", "graph", "graph-compile"] = "auto"
+    engine: Engine = "auto"
     """how an iteration is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     backend: Literal["auto", "reference", "native", "triton"] = "auto"
     """which implementation of the fused ops; auto: the fastest for the device"""
@@ -313,17 +313,16 @@ def find_room(options: DistillOptions, recipe: Recipe, dataset: ImageDataset, fo
     images, settings = min(recipe.synthesis.batch_size, len(dataset.classes)), recipe.synthesis
     made_for = [names, images, list(dataset.size), recipe.ipc, settings.optimise, options.precision, device.type]
     path = folder / ROOM
-    lanes = chunks = None
-    if path.is_file() and (written := read_json(path))["made_for"] == made_for:
+    if options.lanes is not None:
+        lanes, chunks = [options.lanes] * len(names), [None] * len(names)
+    elif path.is_file() and (written := read_json(path))["made_for"] == made_for:
         lanes, chunks = written["lanes"], written["chunks"]
-    elif options.lanes is None:
+    else:
         found = []
         for name in names:
             network = build(name, len(dataset.classes), dataset.size, seed=0).to(device)
             found.append(choose_lanes(network, images, dataset.size, options.precision, recipe.ipc))
         lanes, chunks = (list(each) for each in zip(*found, strict=True))
-    if options.lanes is not None:
-        lanes, chunks = [options.lanes] * len(names), [None] * len(names)
     if options.chunk is not None:
         chunks = [options.chunk] * len(names)
     return Room(lanes, chunks, made_for)

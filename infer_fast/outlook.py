@@ -97,9 +97,7 @@ def weights(distilled: DistilledSet, teachers: list[Teacher], epochs: int, whole
         "base images" if added else "images": distilled.base.nbytes,
         "compensators, scales and offsets": added,
         "soft labels, static": distilled.label_bytes,
-        "soft labels, dynamic (the teachers)": sum(
-            t.nbytes for teacher in teachers for t in teacher.network.state_dict().values()
-        ),
+        "soft labels, dynamic (the teachers)": sum(t.weight_bytes for t in teachers),
         f"soft labels of {epochs} epochs' crops (FKD, if stored)": epochs
         * len(distilled)
         * (2 * len(distilled.classes) + 4 * 2 + 1),

@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+Engine = Literal["auto", "eager", "compile", "graph", "graph-compile"]  # see infer_fast.models.engine
+
 
 @dataclass(frozen=True)
 class SqueezeSettings:
@@ -31,9 +34,9 @@ class SqueezeSettings:
     """random crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip (off for digits, where a mirror image is another thing)"""
-    engine: Literal["auto", "eager", "compile", "graph", "graph-compile"] = "auto"
+    engine: Engine = "auto"
     """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
 
 
@@ -124,9 +127,9 @@ class StudentSettings:
     """what makes the batches; auto: fused, one kernel from the stored bytes"""
     workers: Annotated[int, arg(aliases=["-j"])] = 4
     """threads of the dali loader (the others need none)"""
-    engine: Literal["auto", "eager", "compile", "graph", "graph-compile"] = "auto"
+    engine: Engine = "auto"
     """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
 
 
@@ -151,6 +154,9 @@ class Recipe:
 
 # The published run leaves the second BatchNorm of the EfficientNet teacher out of the penalty.
 SKIPPED_BATCHNORMS: dict[str, tuple[int, ...]] = {"efficientnet_b0": (1,)}
+
+# torchvision's RandomResizedCrop, as the published runs use it: share of the image, width over height.
+CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 INFER_TEACHERS = ("resnet18", "mobilenetv2", "efficientnet_b0", "shufflenet_g2")
 CONVNET_TEACHERS = ("convnet", "convnet-residual", "convnet-separable", "convnet-silu")
@@ -241,9 +247,13 @@ def base_images_per_class(ipc: int, teachers: int, classes: int) -> int:
 
 
 __all__ = [
+    "CROP_AREA",
+    "CROP_RATIO",
     "DATASETS",
     "RECIPES",
     "SKIPPED_BATCHNORMS",
+    "Engine",
+    "Precision",
     "Recipe",
     "SqueezeSettings",
     "StudentSettings",

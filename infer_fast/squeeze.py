@@ -42,6 +42,11 @@ class Teacher:
     path: Path
     sha256: str
 
+    @property
+    def weight_bytes(self) -> int:
+        """What the network's weights and statistics weigh."""
+        return sum(t.nbytes for t in self.network.state_dict().values())
+
 
 def squeeze(
     dataset: ImageDataset,

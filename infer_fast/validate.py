@@ -188,14 +188,18 @@ def _candidates(
             "whole dataset", HARD, dataset.train.images.nbytes, label * len(dataset.train), lambda _: resident
         )
 
+    label_batch = dynamic_labels(teachers, settings.precision) if "dynamic" in settings.labels else None
+
     def with_soft_labels(candidate: Candidate) -> list[Candidate]:
         """The candidate itself for static labels, and once more for dynamic ones, as the settings ask."""
         made = {"static": candidate}
-        if "dynamic" in settings.labels:
-            weights = sum(p.nbytes for t in teachers for p in t.network.state_dict().values())
-            label = dynamic_labels(teachers, settings.precision)
+        if label_batch is not None:
             made["dynamic"] = replace(
-                candidate, labels=DYNAMIC, label_bytes=weights, label=label, teachers=tuple(t.sha256 for t in teachers)
+                candidate,
+                labels=DYNAMIC,
+                label_bytes=sum(t.weight_bytes for t in teachers),
+                label=label_batch,
+                teachers=tuple(t.sha256 for t in teachers),
             )
         return [made[kind] for kind in dict.fromkeys(settings.labels)]
 

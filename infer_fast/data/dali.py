@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infer_fast.data.loader import Augmentation, ResidentSet, batches, inside, mixed
+from infer_fast.data.loader import Augmentation, Composer, ResidentSet, batches, mixed, pasted
 from infer_fast.errors import InferFastError
-from infer_fast.ops import compose
+from infer_fast.recipes import CROP_AREA, CROP_RATIO
 
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # RandomResizedCrop's share of the image and aspect ratio
 RESIZE = 256 / 224  # a test image's shorter side over the crop taken from its centre
 
 
@@ -39,20 +38,13 @@ def resident_batches(
     (images float32 (B, 3, H, W), targets (B, C), weight, partner, box), see Draw. Raises InferFastError without DALI.
     """
     plain = Augmentation(mix=augmentation.mix, mix_alpha=augmentation.mix_alpha)
+    clean = Composer(replace(resident, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))  # [0,1] pixels as they are stored
     waiting: deque[tuple] = deque()
 
     def instances() -> Iterator[torch.Tensor | np.ndarray]:
         for draw in batches(resident, batch_size=batch_size, updates=updates, augmentation=plain, generator=generator):
-            waiting.append((resident.targets_at(draw.positions), draw.weight, draw.partner, draw.box))
-            index = resident.compensator_index
-            pixels = compose(
-                resident.base,
-                resident.base_index[draw.positions],
-                resident.compensators,
-                None if index is None else index[draw.positions],
-                mean=(0.0, 0.0, 0.0),
-                std=(1.0, 1.0, 1.0),
-            )
+            pixels, targets = clean(draw.positions)
+            waiting.append((targets, draw.weight, draw.partner, draw.box))
             yield pixels if pixels.is_cuda else pixels.numpy()
 
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
@@ -80,10 +72,7 @@ def finish(
     box: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MixUp or CutMix of augmented images (B, 3, H, W) and targets (B, C)."""
-    if box is not None:
-        images = torch.where(inside(box, images.shape), images[partner], images)
-    else:
-        images = mixed(images, weight, partner)
+    images = mixed(images, weight, partner) if box is None else pasted(images, partner, box)
     return images, mixed(targets, weight, partner)
 
 
@@ -134,7 +123,7 @@ def file_batches(
         decoder = "mixed" if where == "gpu" else "cpu"
         if training:
             images = fn.decoders.image_random_crop(
-                files, device=decoder, output_type=types.RGB, random_area=AREA, random_aspect_ratio=RATIO
+                files, device=decoder, output_type=types.RGB, random_area=CROP_AREA, random_aspect_ratio=CROP_RATIO
             )
             images = fn.resize(images, size=[size, size], antialias=True)
         else:
@@ -183,7 +172,7 @@ def _tensor(output, device: torch.device) -> torch.Tensor:
     """A pipeline's output, all samples of one shape, as a torch tensor of its own."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    tensor = torch.empty(output.shape() and (len(output), *output.shape()[0]), dtype=torch.float32, device=device)
+    tensor = torch.empty((len(output), *output.shape()[0]), dtype=torch.float32, device=device)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
     return tensor

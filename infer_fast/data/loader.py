@@ -237,13 +237,18 @@ class Composer:
             backend=self.backend,
         )
         if box is not None:
-            images = torch.where(inside(box, images.shape), images[partner], images)
+            images = pasted(images, partner, box)
         return images, mixed(own.targets_at(positions), weight, partner)
 
 
 def mixed(values: torch.Tensor, weight: torch.Tensor | None, partner: torch.Tensor | None) -> torch.Tensor:
     """weight * values + (1 - weight) * values of the partners; as they are without a weight."""
     return values if weight is None else weight * values + (1 - weight) * values[partner]
+
+
+def pasted(images: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) with their partners' pixels in `box`."""
+    return torch.where(inside(box, images.shape), images[partner], images)
 
 
 def inside(box: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

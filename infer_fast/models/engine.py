@@ -16,13 +16,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError
+from infer_fast.recipes import Engine
 
-ENGINES = ("auto", "eager", "compile", "graph", "graph-compile")
+ENGINES = get_args(Engine)
 WARM_UP = 3  # iterations before a capture: libraries choose their algorithms, Triton tunes its kernels
 RECOMPILATIONS = 1024  # dynamo counts per function, and every teacher runs through the same ones
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
 from infer_fast.models.engine import Replayed, choose_engine
+from infer_fast.recipes import Precision
 
-PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
+PRECISIONS = get_args(Precision)
 
 
 def choose_precision(device: torch.device, precision: str) -> str:

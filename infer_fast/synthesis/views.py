@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from infer_fast.recipes import CROP_AREA, CROP_RATIO
+
 CROPPED_FROM = 64  # pixels of the shorter side
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop: share of the image, width over height
 
 
 class View(NamedTuple):
@@ -93,12 +94,13 @@ def draw_crop(size: tuple[int, int], generator: torch.Generator) -> torch.Tensor
     height, width = size
     for _ in range(10):
         share, ratio, down, across = torch.rand(4, generator=generator).tolist()
-        area = height * width * (AREA[0] + (AREA[1] - AREA[0]) * share)
-        aspect = math.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * ratio)
+        area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * share)
+        aspect = math.exp(math.log(CROP_RATIO[0]) + (math.log(CROP_RATIO[1]) - math.log(CROP_RATIO[0])) * ratio)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return torch.tensor([int(down * (height - h + 1)), int(across * (width - w + 1)), h, w])
-    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))  # the largest that is allowed
+    # The largest that is allowed.
+    w, h = min(width, round(height * CROP_RATIO[1])), min(height, round(width / CROP_RATIO[0]))
     return torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
 
 
