@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from bench import measure, published
-from infer_fast.data.dali import file_batches, image_files
-from infer_fast.data.images import Split
+from infer_fast.data.dali import file_batches
+from infer_fast.data.decode import image_files
+from infer_fast.data.images import FileSplit, Split
 from infer_fast.data.loader import Augmentation, feed, resident_split
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, fit, soft_loss
@@ -77,7 +78,9 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
     resident = resident_split(Split(images, labels), case.classes, MEAN, STD, logits).to(device)
     augmentation = Augmentation(padding=4, flip=True, mix="mixup")
     updates = -(-count // case.batch_size)
-    source = image_files(p for p in folder.iterdir() if p.is_dir())
+    files = image_files(folder)
+    place = {name: label for label, name in enumerate(sorted({f.parent.name for f in files}))}
+    source = FileSplit(tuple(files), torch.tensor([place[f.parent.name] for f in files]), (case.size, case.size))
 
     def ours(name: str) -> tuple:
         generator = torch.Generator().manual_seed(0)
@@ -131,7 +134,6 @@ def dali_files(case: Case, source, logits: torch.Tensor, device: torch.device, g
     """One epoch of the JPEG files through DALI, with each image's class's logits."""
     stream = file_batches(
         source,
-        size=case.size,
         batch_size=case.batch_size,
         mean=MEAN,
         std=STD,

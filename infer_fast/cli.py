@@ -32,6 +32,15 @@ def take_recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
     return args[0], RECIPES[args[0]], args[1:]
 
 
+def value_of(args: list[str], *flags: str) -> str | None:
+    """The value that one of `flags` is given on the command line, needed before parsing; None where it is not."""
+    for position, word in enumerate(args):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") in flags:
+            return value if equals else (args[position + 1] if position + 1 < len(args) else None)
+    return None
+
+
 def parse(kind: type[Options], default: Options, args: list[str], prog: str, description: str) -> Options:
     """The flags as a typed dataclass; hyphens and underscores alike. Exits with 0 on --help, 2 on bad usage."""
     return tyro.cli(kind, args=args, default=default, prog=prog, description=description)

@@ -29,15 +29,16 @@ from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet, quantise
 from infer_fast.data.files import read_json, read_tensors, write_json, write_tensors
 from infer_fast.data.images import ImageDataset, draw_of_each_class, normalise, to_bytes
-from infer_fast.data.sources import load_dataset
+from infer_fast.data.sources import canonical_name, load_dataset, read_image_set
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
 from infer_fast.models import build
+from infer_fast.models.build import SMALL_IMAGE
 from infer_fast.models.engine import choose_engine
 from infer_fast.models.train import choose_precision
 from infer_fast.outlook import Room, describe, estimate, list_recipes, weights
 from infer_fast.progress import stage
-from infer_fast.recipes import SKIPPED_BATCHNORMS, Engine, Precision, Recipe, SynthesisSettings
+from infer_fast.recipes import RECIPES, SKIPPED_BATCHNORMS, Engine, Precision, Recipe, SynthesisSettings
 from infer_fast.relabel import relabel
 from infer_fast.report import write_report
 from infer_fast.squeeze import Teacher, squeeze
@@ -46,7 +47,7 @@ from infer_fast.synthesis.memory import choose_lanes
 from infer_fast.synthesis.plan import Plan, TaskBatch, make_plan
 from infer_fast.synthesis.solver import LOG_EVERY, Solver
 from infer_fast.synthesis.views import task_generator
-from infer_fast.validate import Row, table, validate, write_results
+from infer_fast.validate import Row, log_to_wandb, table, validate, write_results
 
 ROOM = "room.json"
 
@@ -57,19 +58,25 @@ class DistillOptions:
 
     recipe: Annotated[Recipe, arg(name="")]
     data_path: Path | None = None
-    """the dataset's folder: idx(.gz) files, ImageFolder, parquet, or torchvision's layout; None: fetch it by name"""
+    """the dataset's folder: idx(.gz) files, class folders, parquet, or torchvision's layout; None: fetch it by name"""
     image_size: int | None = None
     """resize and centre-crop files to this many pixels squared"""
     arch_path: tuple[Path, ...] = ()
     """a checkpoint to import for each teacher, in place of training"""
     init_path: Path | None = None
-    """a folder with tensor_J.pt of shape (C,3,H,W), normalised: base images to use in place of random ones"""
+    """base images in place of random ones: tensor_J.pt of shape (C,3,H,W), normalised, or class folders of images"""
+    val_dir: Path | None = None
+    """class folders of test images, in place of the dataset's own"""
+    M: int | None = None
+    """use the first M of the teachers; None: all"""
     syn_data_path: Path = Path("runs")
     """where everything is kept: the distilled set goes to its folder EXP_NAME"""
     exp_name: str | None = None
     """name of the run; None: the recipe's"""
     store_best_images: bool = False
     """also write the instances as image files, to the run's folder images/: newCCC/classCCC_idIII.jpg"""
+    wandb_name: str | None = None
+    """also log the table to Weights & Biases, as a run of this name (needs the package wandb)"""
     ipc_start: int = 0
     """first task index to solve here (to share a run among machines)"""
     ipc_end: int | None = None
@@ -103,7 +110,7 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     """
     began = time.monotonic()
     dataset = _dataset(options)
-    recipe = _with_statistics(options.recipe, dataset)
+    recipe = _with_statistics(first_teachers(options), dataset)
     folder = options.syn_data_path / (options.exp_name or recipe_name)
     room = find_room(options, recipe, dataset, folder)
     plan = make_plan(recipe, len(dataset.classes), dataset.size, room.lanes)
@@ -120,7 +127,8 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
         recipe.squeeze,
         seed=recipe.synthesis.seed,
         folder=options.syn_data_path / "teachers",
-        checkpoints=options.arch_path,
+        checkpoints=options.arch_path[: options.M],
+        weights=recipe.arch_weights,
     )
     clock["squeeze"] = time.monotonic() - began
 
@@ -157,15 +165,18 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
         seeds=recipe.seeds,
         seed=recipe.synthesis.seed,
         store=folder / "students.json",
+        labels_folder=folder,
     )
     clock["validate"] = time.monotonic() - began
-    text = table(rows, dataset.train.images.nbytes)
+    text = table(rows, dataset.train.nbytes)
     write_results(folder, text, rows)
     card = {**distilled.card, "seconds": clock, "table": text, "results": [asdict(r) for r in rows]}
     write_json(folder / CARD, card)
     write_report(folder)
     print(text)
-    print("\n" + weights(distilled, teachers, recipe.student.epochs, dataset.train.images.nbytes))
+    print("\n" + weights(distilled, teachers, recipe.student, dataset.train.nbytes))
+    if options.wandb_name is not None:
+        log_to_wandb(rows, options.wandb_name)
     print(f"\nThe distilled set is in {folder} (preview.png shows it, report.html tells the rest).")
     return rows
 
@@ -198,7 +209,7 @@ def synthesise(
             teacher = teachers[batch.teacher]
             if solver is None or solver.teacher is not teacher.network:
                 solver = None  # what it holds on the device goes first
-                solver = _solver(teacher, settings, options, chunks[batch.teacher])
+                solver = _solver(teacher, settings, options, chunks[batch.teacher], plan.size)
             failed += _solve_batch(batch, paths, solver, teacher.name, base, running.advance)
     if failed:
         raise InferFastError(
@@ -215,10 +226,14 @@ def synthesise(
     return {key: _read_task(path) for key, path in found.items()}
 
 
-def _solver(teacher: Teacher, settings: SynthesisSettings, options: DistillOptions, chunk: int | None) -> Solver:
+def _solver(
+    teacher: Teacher, settings: SynthesisSettings, options: DistillOptions, chunk: int | None, size: tuple[int, int]
+) -> Solver:
+    small = max(size) <= SMALL_IMAGE  # the layer that is left out is one that only the CIFAR form has
+    skipped = SKIPPED_BATCHNORMS.get(teacher.name, ()) if small else ()
     return Solver(
         teacher.network,
-        settings=replace(settings, skip_bn=(*settings.skip_bn, *_skipped(teacher.name))),
+        settings=replace(settings, skip_bn=(*settings.skip_bn, *skipped)),
         backend=None if options.backend == "auto" else options.backend,
         engine=options.engine,
         precision=options.precision,
@@ -330,8 +345,24 @@ def find_room(options: DistillOptions, recipe: Recipe, dataset: ImageDataset, fo
 
 def _dataset(options: DistillOptions) -> ImageDataset:
     cache = None if options.dry_run else options.syn_data_path / "datasets"
-    dataset = load_dataset(options.recipe.dataset, options.data_path, image_size=options.image_size, cache=cache)
+    dataset = load_dataset(
+        options.recipe.dataset,
+        options.data_path,
+        image_size=options.image_size,
+        cache=cache,
+        val_path=options.val_dir,
+    )
+    if len(dataset.train) == 0:
+        raise InferFastError(f"{dataset.name} can't be fetched by name: give its place with --data-path.")
     return dataset.to(cli.device())
+
+
+def first_teachers(options: DistillOptions) -> Recipe:
+    """The recipe with the first --M of its teachers. Raises InferFastError when there are not so many."""
+    names, count = options.recipe.arch_name, options.M
+    if count is not None and not 1 <= count <= len(names):
+        raise InferFastError(f"--M {count}: there are {len(names)} teachers ({', '.join(names)}).")
+    return replace(options.recipe, arch_name=names[:count])
 
 
 def _with_statistics(recipe: Recipe, dataset: ImageDataset) -> Recipe:
@@ -344,17 +375,18 @@ def _end(options: DistillOptions, plan: Plan) -> int:
     return plan.k if options.ipc_end is None else min(options.ipc_end, plan.k)
 
 
-def _skipped(teacher: str) -> tuple[int, ...]:
-    return SKIPPED_BATCHNORMS.get(teacher, ())
-
-
 def _base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, init_path: Path | None) -> torch.Tensor:
     """uint8 (C, k, 3, H, W) on the CPU: k random training images of every class, or those of --init-path."""
+    if init_path is not None and not (init_path / "tensor_0.pt").is_file() and _has_folders(init_path):
+        return read_image_set(init_path, dataset.classes, plan.size[0], plan.k)
     if init_path is not None:
         return _given_images(init_path, plan, recipe.synthesis)
     generator = task_generator(recipe.synthesis.seed, 0, 0, "base images")
-    positions = draw_of_each_class(dataset, plan.k, generator).to(dataset.train.images.device)  # (C, k)
-    return dataset.train.images[positions].cpu()
+    return dataset.train.at(draw_of_each_class(dataset, plan.k, generator)).cpu()  # (C, k, 3, H, W)
+
+
+def _has_folders(path: Path) -> bool:
+    return path.is_dir() and any(p.is_dir() for p in path.iterdir())
 
 
 def _given_images(folder: Path, plan: Plan, settings: SynthesisSettings) -> torch.Tensor:
@@ -423,7 +455,7 @@ def _card(
     clock: dict[str, float],
 ) -> dict:
     device = cli.device()
-    whole = dataset.train.images.nbytes
+    whole = dataset.train.nbytes
     return {
         "recipe_name": recipe_name,
         "recipe": asdict(recipe),
@@ -474,11 +506,28 @@ def _card(
     }
 
 
+def _recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
+    """The recipe that is named, or the one that the flags of the published scripts stand for.
+
+    Without a name, --dataset chooses its own INFER recipe if it has one; and since those scripts have no budget but the
+    last task, an --ipc-end beyond the recipe's ipc sets it, where --ipc does not.
+    """
+    name, recipe, flags = cli.take_recipe(args)
+    dataset = cli.value_of(args, "--dataset")
+    if flags is args and dataset is not None:
+        name = f"{canonical_name(dataset).removesuffix('-imagenet')}-infer-ipc10"
+        name, recipe = (name, RECIPES[name]) if name in RECIPES else ("digits", recipe)
+    last = cli.value_of(args, "--ipc-end")
+    if flags is args and last is not None and last.isdigit() and cli.value_of(args, "--ipc") is None:
+        recipe = replace(recipe, ipc=max(recipe.ipc, int(last)))
+    return name, recipe, flags
+
+
 def _main(args: list[str]) -> None:
     if "--list" in args:
         print(list_recipes())
         return
-    name, recipe, flags = cli.take_recipe(args)
+    name, recipe, flags = _recipe(args)
     options = cli.parse(
         DistillOptions,
         DistillOptions(recipe),

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet
+from infer_fast.data.fkd import epoch_bytes
 from infer_fast.data.images import ImageDataset
 from infer_fast.models import MatchedTeacher, build
-from infer_fast.recipes import DATASETS, RECIPES, Recipe
+from infer_fast.recipes import DATASETS, RECIPES, Recipe, StudentSettings
+from infer_fast.relabel import augmentation_of
 from infer_fast.squeeze import Teacher
 from infer_fast.synthesis.plan import Plan, make_plan
 
@@ -31,7 +33,7 @@ class Room(NamedTuple):
 def describe(plan: Plan, dataset: ImageDataset, room: Room, seconds: dict[str, float]) -> str:
     """The plan in words: tasks, bytes against the budget, estimated time."""
     share = 100 * plan.image_bytes / plan.budget_bytes
-    whole = dataset.train.images.nbytes
+    whole = dataset.train.nbytes
     what = f"{plan.compensators} compensators" if plan.compensators else "optimised images"
     lanes = max(len(b.indices) for b in plan.batches)
     chunked = [f"{name}: {n} images in one pass" for name, n in zip(plan.teachers, room.chunks, strict=True) if n]
@@ -86,23 +88,23 @@ def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, flo
     return {"squeeze": squeezing, "synthesis": synthesis, "validate": validation}
 
 
-def weights(distilled: DistilledSet, teachers: list[Teacher], epochs: int, whole: int) -> str:
-    """What a distilled set weighs, part by part, in bytes and as a share of the training images (`whole` bytes).
+def weights(distilled: DistilledSet, teachers: list[Teacher], student: StudentSettings, whole: int) -> str:
+    """What a distilled set weighs, part by part, in bytes and as a share of the training images (`whole`; 0: unknown).
 
-    Dynamic labels weigh what the teachers weigh. FKD (arXiv 2112.01528) would store float16 logits, four crop
-    coordinates and a flip for every instance of every one of `epochs` epochs.
+    Dynamic labels weigh what the teachers weigh. FKD (arXiv 2112.01528) stores the logits, crops, flips and mixes of
+    every epoch of `student`.
     """
+    stored = epoch_bytes(len(distilled), student.batch_size, len(distilled.classes), augmentation_of(student))
     added = 0 if distilled.compensators is None else sum(t.nbytes for t in distilled.compensators)
     parts = {
         "base images" if added else "images": distilled.base.nbytes,
         "compensators, scales and offsets": added,
         "soft labels, static": distilled.label_bytes,
         "soft labels, dynamic (the teachers)": sum(t.weight_bytes for t in teachers),
-        f"soft labels of {epochs} epochs' crops (FKD, if stored)": epochs
-        * len(distilled)
-        * (2 * len(distilled.classes) + 4 * 2 + 1),
+        f"soft labels of every crop of {student.epochs} epochs (FKD)": student.epochs * stored,
     }
-    rows = [f"| {name} | {size:,} | {100 * size / whole:.3g} % |" for name, size in parts.items() if size]
+    shares = {name: f"{100 * size / whole:.3g} %" if whole else "-" for name, size in parts.items()}
+    rows = [f"| {name} | {size:,} | {shares[name]} |" for name, size in parts.items() if size]
     return "\n".join(["| part | bytes | share of the training images |", "| --- | ---: | ---: |", *rows])
 
 

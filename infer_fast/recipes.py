@@ -34,6 +34,10 @@ class SqueezeSettings:
     """random crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip (off for digits, where a mirror image is another thing)"""
+    loader: Literal["auto", "fused", "dali", "torch"] = "auto"
+    """what makes the batches; auto: fused for a set in memory, dali for files on the disk (torch without DALI)"""
+    workers: int = 4
+    """threads of dali, and of the decoding of files"""
     engine: Engine = "auto"
     """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     precision: Precision = "auto"
@@ -90,16 +94,18 @@ class StudentSettings:
     """passes over the distilled set; the compared sets get the same number of updates and the same schedule"""
     batch_size: int = 64
     """instances per step"""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """optimiser of the student"""
+    optimizer: Literal["auto", "adamw", "sgd"] = "auto"
+    """optimiser of the student; auto: sgd where a momentum is given, else adamw"""
     lr: float = 1e-3
     """initial learning rate, cosine to 0 per epoch"""
-    momentum: float = 0.9
-    """momentum (sgd only)"""
+    momentum: float | None = None
+    """momentum of sgd (0.9 where sgd is asked for without one)"""
     weight_decay: float = 0.01
     """weight decay"""
     lr_scheduler: Literal["cosineannealinglr", "steplr", "exponentiallr"] = "cosineannealinglr"
     """how the learning rate falls, once per epoch"""
+    cos: bool = True
+    """cosineannealinglr falls as a cosine; with --no-cos linearly, as the published ImageNet script without --cos"""
     lr_step_size: int = 30
     """epochs between two steps (steplr only)"""
     lr_gamma: float = 0.1
@@ -116,17 +122,19 @@ class StudentSettings:
     """mixing of pairs of instances (inputs and labels with the same weight)"""
     mix_alpha: float = 0.8
     """MixUp's and CutMix's Beta(alpha, alpha)"""
-    labels: tuple[Literal["static", "dynamic"], ...] = ("static",)
+    labels: tuple[Literal["static", "dynamic", "fkd"], ...] = ("static",)
     """soft labels: static, stored once per instance; dynamic, the teachers label every augmented and mixed batch (for
-    epochs divided by teachers + 1); both make a row each"""
+    epochs divided by teachers + 1); fkd, those labels of every epoch stored and replayed; each makes a row"""
+    crop: Literal["padded", "resized"] = "padded"
+    """random crop: of the image with a black border, or RandomResizedCrop (area 0.08..1, ratio 3/4..4/3)"""
     padding: int = 4
-    """random crop: pixels of black padding on each side"""
+    """padded crop: pixels of black padding on each side"""
     flip: bool = True
     """random horizontal flip"""
     loader: Literal["auto", "fused", "dali", "torch"] = "auto"
     """what makes the batches; auto: fused, one kernel from the stored bytes"""
     workers: Annotated[int, arg(aliases=["-j"])] = 4
-    """threads of the dali loader (the others need none)"""
+    """threads of dali, and of the decoding of files"""
     engine: Engine = "auto"
     """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     precision: Precision = "auto"
@@ -141,6 +149,8 @@ class Recipe:
     """digits, a torchvision name (cifar10, cifar100, fashion-mnist, mnist, kmnist, svhn), or any with --data-path"""
     arch_name: tuple[str, ...] = ("resnet18",)
     """teachers, by name"""
+    arch_weights: str | None = None
+    """torchvision's weights to take in place of training, such as IMAGENET1K_V1 (downloaded; --arch-path goes first)"""
     ipc: int = 10
     """images per class of the budget: classes x ipc x 3*H*W bytes"""
     seeds: int = 3
@@ -152,12 +162,14 @@ class Recipe:
     student: StudentSettings = field(default_factory=StudentSettings)
 
 
-# The published run leaves the second BatchNorm of the EfficientNet teacher out of the penalty.
+# The published CIFAR run leaves the second BatchNorm of the EfficientNet teacher out of the penalty.
 SKIPPED_BATCHNORMS: dict[str, tuple[int, ...]] = {"efficientnet_b0": (1,)}
 
 # torchvision's RandomResizedCrop, as the published runs use it: share of the image, width over height.
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
+IMAGENET_WEIGHTS = "IMAGENET1K_V1"  # torchvision's, which the published ImageNet runs take for teachers
+IMAGENET_TEACHERS = ("resnet18", "mobilenet_v2", "efficientnet_b0")
 INFER_TEACHERS = ("resnet18", "mobilenetv2", "efficientnet_b0", "shufflenet_g2")
 CONVNET_TEACHERS = ("convnet", "convnet-residual", "convnet-separable", "convnet-silu")
 
@@ -200,6 +212,7 @@ DATASETS: dict[str, tuple[int, tuple[int, int]]] = {  # classes and image size o
     "cifar10": (10, (32, 32)),
     "cifar100": (100, (32, 32)),
     "tiny-imagenet": (200, (64, 64)),
+    "imagenet": (1000, (224, 224)),
 }
 
 
@@ -220,10 +233,43 @@ def _published(dataset: str, method: str, ipc: int) -> Recipe:
     student = StudentSettings()
     if tiny and method == "dwa":
         student = StudentSettings(
-            epochs=200, optimizer="sgd", lr=0.2, weight_decay=1e-4, lr_warmup_epochs=5, lr_warmup_decay=0.01
+            epochs=200, lr=0.2, momentum=0.9, weight_decay=1e-4, lr_warmup_epochs=5, lr_warmup_decay=0.01
         )
     teachers = INFER_TEACHERS if infer else ("resnet18",)
     return Recipe(dataset=dataset, arch_name=teachers, ipc=ipc, synthesis=synthesis, student=student)
+
+
+def _imagenet(method: str, ipc: int) -> Recipe:
+    """The published setting of a method on ImageNet-1K: torchvision's own weights, no training of teachers.
+
+    Image mode's labels are FKD's (SRe2L, DWA); teachers asked for without weights are trained as torchvision's were.
+    """
+    infer = method == "infer"
+    shared = SynthesisSettings(iterations=2000, lr=0.25, batch_size=1000 if infer else 100, r_bn=0.01, jitter=32)
+    synthesis = {
+        "infer": shared,
+        "dwa": replace(shared, optimise="images", steps=15, rho=15e-3, r_var=2.0),
+        "sre2l": replace(shared, optimise="images", start="noise"),
+    }[method]
+    student = StudentSettings(
+        epochs=300,
+        batch_size=128,
+        temperature=20.0,
+        mix_type="cutmix",
+        mix_alpha=1.0,
+        crop="resized",
+        labels=("static",) if infer else ("fkd",),
+    )
+    return Recipe(
+        dataset="imagenet",
+        arch_name=IMAGENET_TEACHERS if infer else ("resnet18",),
+        arch_weights=IMAGENET_WEIGHTS,
+        ipc=ipc,
+        seeds=1,
+        squeeze=SqueezeSettings(epochs=90, batch_size=256, weight_decay=1e-4),
+        synthesis=synthesis,
+        student=student,
+    )
 
 
 RECIPES: dict[str, Recipe] = {
@@ -235,7 +281,13 @@ RECIPES: dict[str, Recipe] = {
         for method in METHODS
         for ipc in (10, 50, 100)
     },
+    **{f"imagenet-{method}-ipc{ipc}": _imagenet(method, ipc) for method in METHODS for ipc in (10, 50)},
 }
+
+
+def student_of(recipe: dict) -> StudentSettings:
+    """The student's settings of a recipe that was stored as JSON."""
+    return StudentSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe["student"].items()})
 
 
 def base_images_per_class(ipc: int, teachers: int, classes: int) -> int:
@@ -250,6 +302,9 @@ __all__ = [
     "CROP_AREA",
     "CROP_RATIO",
     "DATASETS",
+    "IMAGENET_TEACHERS",
+    "IMAGENET_WEIGHTS",
+    "INFER_TEACHERS",
     "RECIPES",
     "SKIPPED_BATCHNORMS",
     "Engine",
@@ -259,4 +314,5 @@ __all__ = [
     "StudentSettings",
     "SynthesisSettings",
     "base_images_per_class",
+    "student_of",
 ]

@@ -22,11 +22,11 @@ from tyro.conf import arg
 from infer_fast import cli
 from infer_fast.data.files import read_tensors, write_tensors
 from infer_fast.data.images import ImageDataset, normalise
-from infer_fast.data.loader import Augmentation, Composer, Draw, batches, resident_split
+from infer_fast.data.loader import Augmentation, feed, training_set
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
-from infer_fast.models.checkpoint import file_hash, load_checkpoint
+from infer_fast.models.checkpoint import file_hash, load_checkpoint, load_pretrained
 from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict
 from infer_fast.progress import Stage, stage
 from infer_fast.recipes import RECIPES, Recipe, SqueezeSettings
@@ -56,16 +56,18 @@ def squeeze(
     seed: int = 0,
     folder: Path,
     checkpoints: tuple[Path, ...] = (),
+    weights: str | None = None,
 ) -> list[Teacher]:
     """One teacher per name, in order: from `folder` if it was made before, else imported or trained and saved there.
 
-    checkpoints: one file per name to import instead of training. The dataset's device is the teachers'.
-    Raises InferFastError for an unknown name, or a checkpoint that doesn't fit.
+    checkpoints: one file per name to import instead of training; weights: the name of torchvision's weights to take
+    instead, where no checkpoints are given. The dataset's device is the teachers'.
+    Raises InferFastError for an unknown name, weights that don't fit, or training without training images.
     """
     if checkpoints and len(checkpoints) != len(names):
         raise InferFastError(f"{len(checkpoints)} checkpoints were given for {len(names)} teachers: give one for each.")
     return [
-        _teacher(dataset, name, settings, seed, folder, checkpoints[position] if checkpoints else None)
+        _teacher(dataset, name, settings, seed, folder, checkpoints[position] if checkpoints else None, weights)
         for position, name in enumerate(names)
     ]
 
@@ -86,46 +88,61 @@ def load_teacher(name: str, path: Path, classes: int, size: tuple[int, int], sha
     return Teacher(name, network.eval().requires_grad_(False), card["accuracy"], path, digest)
 
 
-def _teacher(dataset, name, settings, seed, folder, checkpoint) -> Teacher:
-    source = asdict(settings) | {"seed": seed} if checkpoint is None else {"checkpoint": _checkpoint_hash(checkpoint)}
+def _teacher(
+    dataset: ImageDataset,
+    name: str,
+    settings: SqueezeSettings,
+    seed: int,
+    folder: Path,
+    checkpoint: Path | None,
+    weights: str | None,
+) -> Teacher:
+    if checkpoint is not None:
+        source = {"checkpoint": _checkpoint_hash(checkpoint)}
+    elif weights is not None:
+        source = {"weights": weights}
+    else:
+        source = asdict(settings) | {"seed": seed}
     key = json.dumps([dataset.fingerprint, name, source], sort_keys=True)
     path = folder / f"{dataset.name}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.is_file():
         network = build(name, len(dataset.classes), dataset.size, seed=seed)
-        if checkpoint is None:
+        if checkpoint is None and weights is None:
             reached = _train(dataset, name, network, settings, seed)
         else:
-            reached = _import(dataset, name, network, checkpoint)
+            reached = _import(dataset, name, network, checkpoint, weights)
         card = {"name": name, "dataset": dataset.name, "accuracy": reached, "source": source}
         write_tensors(path, network.state_dict(), card)
     teacher = load_teacher(name, path, len(dataset.classes), dataset.size)
-    teacher.network.to(dataset.train.images.device)
+    teacher.network.to(dataset.device)
     return teacher
 
 
 def _train(dataset: ImageDataset, name: str, network: nn.Module, settings: SqueezeSettings, seed: int) -> float:
-    device = dataset.train.images.device
-    network.to(device)
+    if len(dataset.train) == 0:
+        raise InferFastError(f"{dataset.name} has no training images here: give them with --data-path.")
+    network.to(dataset.device)
     per_epoch = -(-len(dataset.train) // settings.batch_size)
     schedule = Schedule(
         "sgd", settings.lr, settings.weight_decay, settings.momentum, settings.epochs * per_epoch, per_epoch
     )
-    resident = resident_split(dataset.train, len(dataset.classes), dataset.mean, dataset.std)
+    source = training_set(dataset.train, len(dataset.classes), dataset.mean, dataset.std)
     with stage(f"squeeze {name}", settings.epochs * len(dataset.train), "images") as running:
-        stream = batches(
-            resident,
+        stream, make = feed(
+            settings.loader,
+            source,
             batch_size=settings.batch_size,
             updates=schedule.updates,
             augmentation=Augmentation(settings.padding, settings.flip),
             generator=torch.Generator().manual_seed(seed),
+            workers=settings.workers,
         )
-        draws = _counted(stream, running)
         fit(
             network,
-            draws,
+            _counted(stream, running),
             hard_loss,
             schedule,
-            make=Composer(resident),
+            make=make,
             precision=settings.precision,
             engine=settings.engine,
         )
@@ -134,16 +151,21 @@ def _train(dataset: ImageDataset, name: str, network: nn.Module, settings: Squee
     return reached
 
 
-def _counted(stream: Iterable[Draw], running: Stage) -> Iterator[Draw]:
-    for draw in stream:
-        yield draw
-        running.advance(len(draw.positions))
+def _counted(stream: Iterable[tuple], running: Stage) -> Iterator[tuple]:
+    for batch in stream:
+        yield batch
+        running.advance(len(batch[0]))
 
 
-def _import(dataset: ImageDataset, name: str, network: nn.Module, checkpoint: Path) -> float:
+def _import(
+    dataset: ImageDataset, name: str, network: nn.Module, checkpoint: Path | None, weights: str | None
+) -> float:
     with stage(f"import {name}", 1, "checkpoint") as running:
-        load_checkpoint(network, checkpoint)
-        network.to(dataset.train.images.device)
+        if checkpoint is not None:
+            load_checkpoint(network, checkpoint)
+        else:
+            load_pretrained(network, name, weights)
+        network.to(dataset.device)
         reached = measured_accuracy(network, dataset)
         running.advance()
         running.note(f"test accuracy {reached:.2f} %")
@@ -158,7 +180,7 @@ def _checkpoint_hash(path: Path) -> str:
 
 def measured_accuracy(network: nn.Module, dataset: ImageDataset) -> float:
     """Top-1 accuracy of `network` on the test split, in percent."""
-    logits = predict(network, lambda p: normalise(dataset.test.images[p], dataset.mean, dataset.std), len(dataset.test))
+    logits = predict(network, lambda p: normalise(dataset.test.at(p), dataset.mean, dataset.std), len(dataset.test))
     return accuracy(logits, dataset.test.labels)
 
 
@@ -173,6 +195,8 @@ class SqueezeOptions:
     squeeze: Annotated[SqueezeSettings, arg(name="")] = field(default_factory=SqueezeSettings)
     arch_path: tuple[Path, ...] = ()
     """a checkpoint to import for each teacher, in place of training"""
+    arch_weights: str | None = None
+    """torchvision's weights to import in place of training, such as IMAGENET1K_V1 (downloaded)"""
     data_path: Path | None = None
     """the dataset's folder: idx(.gz) files, ImageFolder, parquet, or torchvision's layout"""
     image_size: int | None = None
@@ -198,13 +222,20 @@ def _main(args: list[str]) -> None:
         seed=options.seed,
         folder=root / "teachers",
         checkpoints=options.arch_path,
+        weights=options.arch_weights,
     )
     for teacher in teachers:
         print(f"{teacher.name}: test accuracy {teacher.accuracy:.2f} %, {teacher.path}")
 
 
 def _default_options(recipe: Recipe = RECIPES["digits"]) -> SqueezeOptions:
-    return SqueezeOptions(recipe.dataset, recipe.arch_name, recipe.squeeze, seed=recipe.synthesis.seed)
+    return SqueezeOptions(
+        recipe.dataset,
+        recipe.arch_name,
+        recipe.squeeze,
+        arch_weights=recipe.arch_weights,
+        seed=recipe.synthesis.seed,
+    )
 
 
 if __name__ == "__main__":

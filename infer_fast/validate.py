@@ -15,34 +15,42 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 from torch import nn
-from tyro.conf import arg
 
 from infer_fast import cli
-from infer_fast.data.distilled import CARD, TENSORS, DistilledSet, load
-from infer_fast.data.files import read_json, write_json
+from infer_fast.data.distilled import CARD, DistilledSet
+from infer_fast.data.files import read_json, write_json, write_text
+from infer_fast.data.fkd import epoch_bytes, replay
 from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, normalise
-from infer_fast.data.loader import Augmentation, ResidentSet, choose_loader, feed, resident_distilled, resident_split
-from infer_fast.data.sources import load_dataset, read_image_set
+from infer_fast.data.loader import (
+    FileSet,
+    ResidentSet,
+    choose_loader,
+    feed,
+    resident_distilled,
+    resident_split,
+    training_set,
+)
 from infer_fast.errors import InferFastError
+from infer_fast.judged import Compare, Judged, ValidateOptions, what_is_judged
 from infer_fast.models import build
+from infer_fast.models.checkpoint import recorded
 from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict, soft_loss
 from infer_fast.outlook import weights
 from infer_fast.progress import Stage, stage
-from infer_fast.recipes import Recipe, SqueezeSettings, StudentSettings
-from infer_fast.relabel import dynamic_labels, label_images, relabel, teachers_of
-from infer_fast.squeeze import Teacher, squeeze
+from infer_fast.recipes import Recipe, StudentSettings, student_of
+from infer_fast.relabel import augmentation_of, dynamic_labels, label_images, record_labels
+from infer_fast.squeeze import Teacher
 from infer_fast.tsne import draw
 
 MEASUREMENTS = 5  # accuracies taken along a student's training, the last one at its end
-SOFT, DYNAMIC, HARD = "soft labels", "dynamic labels", "hard labels"
+SOFT, DYNAMIC, HARD, EVERY_CROP = "soft labels", "dynamic labels", "hard labels", "labels of every crop (FKD)"
 SCHEDULES = {"cosineannealinglr": "cosine", "steplr": "step", "exponentiallr": "exponential"}
-Compare = Literal["none", "random", "all"]
+REPLAYED_BY = {"auto": None, "fused": None, "torch": "reference"}  # compose's backend for stored crops
 
 
 @dataclass(frozen=True)
@@ -83,11 +91,15 @@ class Candidate:
     labels: str
     image_bytes: int
     label_bytes: int
-    resident: Callable[[int], ResidentSet]
+    source: Callable[[int], ResidentSet | FileSet]
     label: Callable[[torch.Tensor], torch.Tensor] | None = None
     """makes the labels of every batch while the student trains (dynamic labels)"""
     teachers: tuple[str, ...] = ()
-    """hashes of the teachers that label dynamically, for whose number the epochs are divided"""
+    """hashes of the teachers that label every crop"""
+    divided: int = 1
+    """what the epochs are divided by"""
+    replayed: Path | None = None
+    """the folder of stored labels of every crop"""
 
 
 class ResultStore:
@@ -117,16 +129,21 @@ def validate(
     seeds: int = 3,
     seed: int = 0,
     store: Path | None = None,
+    labels_folder: Path | None = None,
 ) -> list[Row]:
     """The table for every network in `settings`: students on the distilled set and on what `compare` names.
 
     dataset: on the device; teachers label the random real images (needed unless compare is none); ipc: images per
-    class of the budget, the number of random real images; store: a JSON file of finished students, read and extended.
+    class of the budget, the number of random real images; store: a JSON file of finished students, read and extended;
+    labels_folder: where the labels of every crop are kept, made if they are not there (for the labels fkd).
     Raises InferFastError for fewer than 1 seed, or a class with fewer than ipc training images.
     """
     if seeds < 1:
         raise InferFastError(f"{seeds} seeds were asked for: at least 1 is needed.")
-    candidates = _candidates(distilled, dataset, teachers, ipc, compare, settings)
+    kept = None
+    if "fkd" in settings.labels:
+        kept = _stored_labels(distilled, teachers, settings, labels_folder, seed)
+    candidates = _candidates(distilled, dataset, teachers, ipc, compare, settings, kept)
     per_epoch = -(-len(distilled) // settings.batch_size)
     results = ResultStore(store)
     rows = []
@@ -141,8 +158,19 @@ def validate(
     return rows
 
 
+def _stored_labels(
+    distilled: DistilledSet, teachers: list[Teacher], settings: StudentSettings, folder: Path | None, seed: int
+) -> Path:
+    """The folder of the labels of every crop, written now if they are not there."""
+    if folder is None:
+        raise InferFastError("The labels fkd are kept on the disk: validate needs a labels_folder for them.")
+    if settings.loader == "dali":
+        raise InferFastError("The labels fkd are those of stored crops, and dali draws its own: choose --loader fused.")
+    return record_labels(distilled, teachers, settings, folder, seed)
+
+
 def table(rows: list[Row], whole_bytes: int) -> str:
-    """The rows as a Markdown table; whole_bytes: the training split's images, what shares are taken of."""
+    """The rows as a Markdown table; whole_bytes: the training split's images, what shares are taken of (0: unknown)."""
     seeds = len(rows[0].last)
     head = [
         "| student | trained on | labels | instances | updates | images, bytes | labels, bytes "
@@ -151,11 +179,15 @@ def table(rows: list[Row], whole_bytes: int) -> str:
     ]
     body = [
         f"| {r.network} | {r.trained_on} | {r.labels} | {r.instances:,} | {r.updates:,} "
-        f"| {r.image_bytes:,} ({100 * r.image_bytes / whole_bytes:.3g} %) | {r.label_bytes:,} "
+        f"| {r.image_bytes:,}{_share(r.image_bytes, whole_bytes)} | {r.label_bytes:,} "
         f"| {r.mean:.2f} ± {r.std:.2f} | {statistics.fmean(r.best):.2f} | {statistics.fmean(r.top5):.2f} |"
         for r in rows
     ]
     return "\n".join(head + body)
+
+
+def _share(part: int, whole: int) -> str:
+    return f" ({100 * part / whole:.3g} %)" if whole else ""
 
 
 def _candidates(
@@ -165,8 +197,10 @@ def _candidates(
     ipc: int,
     compare: Compare,
     settings: StudentSettings,
+    kept: Path | None = None,
 ) -> list[Candidate]:
-    device, c = dataset.train.images.device, len(dataset.classes)
+    device, c = dataset.device, len(dataset.classes)
+    per_image = 3 * dataset.size[0] * dataset.size[1]
     label = 1 if c <= 256 else 2  # bytes of a hard label
 
     def distilled_set(soft: bool) -> Candidate:
@@ -176,34 +210,35 @@ def _candidates(
 
     def random_real(soft: bool) -> Candidate:
         labels, size = (SOFT, 2 * c) if soft else (HARD, label)
-        image_bytes = ipc * c * dataset.train.images[0].nbytes
+        image_bytes = ipc * c * per_image
         judges = teachers if soft else None
         return Candidate(
             "random real", labels, image_bytes, ipc * c * size, lambda s: _random_real(dataset, ipc, s, judges)
         )
 
     def whole_dataset() -> Candidate:
-        resident = resident_split(dataset.train, c, dataset.mean, dataset.std)
-        return Candidate(
-            "whole dataset", HARD, dataset.train.images.nbytes, label * len(dataset.train), lambda _: resident
-        )
+        source = training_set(dataset.train, c, dataset.mean, dataset.std)
+        return Candidate("whole dataset", HARD, dataset.train.nbytes, label * len(dataset.train), lambda _: source)
 
-    label_batch = dynamic_labels(teachers, settings.precision) if "dynamic" in settings.labels else None
+    label_batch = dynamic_labels(teachers, settings.precision) if set(settings.labels) & {"dynamic", "fkd"} else None
+    of_teachers = {"label": label_batch, "teachers": tuple(t.sha256 for t in teachers)}
 
-    def with_soft_labels(candidate: Candidate) -> list[Candidate]:
-        """The candidate itself for static labels, and once more for dynamic ones, as the settings ask."""
+    def with_soft_labels(candidate: Candidate, instances: int, replayed: Path | None) -> list[Candidate]:
+        """The candidate once for each kind of soft labels that the settings ask for.
+
+        Labels of every crop are replayed where they are stored; elsewhere the teachers give the same ones on the spot.
+        """
         made = {"static": candidate}
         if label_batch is not None:
-            made["dynamic"] = replace(
-                candidate,
-                labels=DYNAMIC,
-                label_bytes=sum(t.weight_bytes for t in teachers),
-                label=label_batch,
-                teachers=tuple(t.sha256 for t in teachers),
-            )
+            weight = sum(t.weight_bytes for t in teachers)
+            divided = len(teachers) + 1
+            made["dynamic"] = replace(candidate, labels=DYNAMIC, label_bytes=weight, divided=divided, **of_teachers)
+            stored = settings.epochs * epoch_bytes(instances, settings.batch_size, c, augmentation_of(settings))
+            made["fkd"] = replace(candidate, labels=EVERY_CROP, label_bytes=stored, replayed=replayed, **of_teachers)
         return [made[kind] for kind in dict.fromkeys(settings.labels)]
 
-    ours, real = (with_soft_labels(made) for made in (distilled_set(True), random_real(True)))
+    ours = with_soft_labels(distilled_set(True), len(distilled), kept)
+    real = with_soft_labels(random_real(True), ipc * c, None)
     rows = {
         "none": ours,
         "random": [*ours, *real],
@@ -213,14 +248,13 @@ def _candidates(
 
 
 def _updates(candidate: Candidate, settings: StudentSettings, per_epoch: int) -> int:
-    return per_epoch * max(1, settings.epochs // (len(candidate.teachers) + 1))
+    return per_epoch * max(1, settings.epochs // candidate.divided)
 
 
 def _random_real(dataset: ImageDataset, ipc: int, seed: int, teachers: list[Teacher] | None) -> ResidentSet:
     """ipc random training images of every class, drawn anew for each seed."""
     positions = draw_of_each_class(dataset, ipc, torch.Generator().manual_seed(seed)).flatten()
-    positions = positions.to(dataset.train.images.device)
-    split = Split(dataset.train.images[positions], dataset.train.labels[positions])
+    split = Split(dataset.train.at(positions), dataset.train.labels[positions.to(dataset.device)])
     logits = None if teachers is None else label_images(split.images, dataset.mean, dataset.std, teachers)
     return resident_split(split, len(dataset.classes), dataset.mean, dataset.std, logits)
 
@@ -236,13 +270,13 @@ def _student(
     running: Stage,
 ) -> dict:
     """{"instances", "last", "best", "top5"} of one student, from the store if it is there."""
-    resident = candidate.resident(seed)
-    key = _key(candidate, resident, dataset, network, settings, seed)
+    source = candidate.source(seed)
+    key = _key(candidate, source, dataset, network, settings, seed)
     result = results.get(key)
     if result is None:
-        _, measured = _train(candidate, resident, dataset, network, settings, per_epoch, seed, running)
+        _, measured = _train(candidate, source, dataset, network, settings, per_epoch, seed, running)
         best = max(top1 for top1, _ in measured)
-        result = {"instances": len(resident), "last": measured[-1][0], "best": best, "top5": measured[-1][1]}
+        result = {"instances": len(source), "last": measured[-1][0], "best": best, "top5": measured[-1][1]}
         results.put(key, result)
     else:
         running.advance(_updates(candidate, settings, per_epoch))
@@ -251,7 +285,7 @@ def _student(
 
 def _train(
     candidate: Candidate,
-    resident: ResidentSet,
+    source: ResidentSet | FileSet,
     dataset: ImageDataset,
     name: str,
     settings: StudentSettings,
@@ -261,8 +295,7 @@ def _train(
 ) -> tuple[nn.Module, list[tuple[float, float]]]:
     """A trained student, and its top-1 and top-5 test accuracies in percent along the way, the last ones at its end."""
     updates = _updates(candidate, settings, per_epoch)
-    device = dataset.train.images.device
-    network = build(name, len(dataset.classes), dataset.size, seed=seed).to(device)
+    network = build(name, len(dataset.classes), dataset.size, seed=seed).to(dataset.device)
     moments = {-(-updates * part // MEASUREMENTS) for part in range(1, MEASUREMENTS + 1)}
     measured = []
 
@@ -270,49 +303,63 @@ def _train(
         running.advance()
         if done in moments:
             test = dataset.test
-            logits = predict(network, lambda p: normalise(test.images[p], dataset.mean, dataset.std), len(test))
+            logits = predict(network, lambda p: normalise(test.at(p), dataset.mean, dataset.std), len(test))
             measured.append((accuracy(logits, test.labels), accuracy(logits, test.labels, top=5)))
 
-    stream, make = feed(
-        settings.loader,
-        resident,
-        batch_size=settings.batch_size,
-        updates=updates,
-        augmentation=Augmentation(settings.padding, settings.flip, settings.mix_type, settings.mix_alpha),
-        generator=torch.Generator().manual_seed(seed),
-        workers=settings.workers,
-    )
-    schedule = Schedule(
-        settings.optimizer,
+    if candidate.replayed is not None:
+        stream, make = replay(candidate.replayed, source, updates, REPLAYED_BY[settings.loader])
+    else:
+        stream, make = feed(
+            settings.loader,
+            source,
+            batch_size=settings.batch_size,
+            updates=updates,
+            augmentation=augmentation_of(settings),
+            generator=torch.Generator().manual_seed(seed),
+            workers=settings.workers,
+        )
+    label = None if candidate.replayed is not None else candidate.label
+    schedule = _schedule(settings, updates, per_epoch)
+    loss = soft_loss(settings.temperature) if source.soft else hard_loss
+    how = {"precision": settings.precision, "engine": settings.engine}
+    fit(network, stream, loss, schedule, make=make, label=label, on_update=measure, **how)
+    return network, measured
+
+
+def _schedule(settings: StudentSettings, updates: int, per_epoch: int) -> Schedule:
+    """The optimiser and schedule that the settings ask for: a momentum asks for SGD."""
+    chosen = settings.optimizer
+    if chosen == "auto":
+        chosen = "adamw" if settings.momentum is None else "sgd"
+    kind = SCHEDULES[settings.lr_scheduler]
+    return Schedule(
+        chosen,
         settings.lr,
         settings.weight_decay,
-        settings.momentum,
+        0.9 if settings.momentum is None else settings.momentum,
         updates,
         per_epoch,
         settings.lr_warmup_epochs,
         settings.lr_warmup_decay,
         settings.lr_warmup_method,
-        SCHEDULES[settings.lr_scheduler],
+        "linear" if kind == "cosine" and not settings.cos else kind,
         settings.lr_step_size,
         settings.lr_gamma,
     )
-    loss = soft_loss(settings.temperature) if resident.soft else hard_loss
-    how = {"precision": settings.precision, "engine": settings.engine}
-    fit(network, stream, loss, schedule, make=make, label=candidate.label, on_update=measure, **how)
-    return network, measured
 
 
 def tsne(judged: Judged, settings: StudentSettings, path: Path) -> Path:
     """Trains a student on the distilled set and one on random real images of its bytes, and draws what both see."""
+    settings = replace(settings, labels=("static",))
     candidates = _candidates(judged.distilled, judged.dataset, judged.teachers, judged.ipc, "all", settings)
     pair = [next(c for c in candidates if c.trained_on == kind) for kind in ("distilled", "random real")]
     per_epoch = -(-len(judged.distilled) // settings.batch_size)
     networks = {}
     with stage("t-SNE", sum(_updates(c, settings, per_epoch) for c in pair), "updates") as running:
         for candidate in pair:
-            resident = candidate.resident(judged.seed)
+            source = candidate.source(judged.seed)
             network, measured = _train(
-                candidate, resident, judged.dataset, settings.networks[0], settings, per_epoch, judged.seed, running
+                candidate, source, judged.dataset, settings.networks[0], settings, per_epoch, judged.seed, running
             )
             networks[f"trained on {candidate.trained_on}, {candidate.labels}: {measured[-1][0]:.1f} %"] = network
     return draw(networks, judged.dataset, path, judged.seed)
@@ -335,7 +382,7 @@ def _row(network: str, candidate: Candidate, each: list[dict], updates: int) -> 
 
 def _key(
     candidate: Candidate,
-    resident: ResidentSet,
+    source: ResidentSet | FileSet,
     dataset: ImageDataset,
     network: str,
     settings: StudentSettings,
@@ -343,153 +390,81 @@ def _key(
 ) -> str:
     """What a student's accuracy depends on, as a hash."""
     digest = hashlib.sha256(dataset.fingerprint.encode())
-    tensors = [resident.base, resident.base_index, resident.compensator_index, resident.targets]
-    for tensor in [*tensors, *(resident.compensators or ())]:
-        if tensor is not None:
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    if isinstance(source, ResidentSet):  # else the dataset's fingerprint says it all
+        tensors = [source.base, source.base_index, source.compensator_index, source.targets]
+        for tensor in [*tensors, *(source.compensators or ())]:
+            if tensor is not None:
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     training = {k: v for k, v in asdict(settings).items() if k not in ("networks", "labels")}
-    training["loader"] = choose_loader(settings.loader)
+    training["loader"] = choose_loader(settings.loader, source)
     digest.update(json.dumps([network, training, candidate.labels, seed], sort_keys=True).encode())
     if candidate.label is not None:
         digest.update("".join(candidate.teachers).encode())
     return digest.hexdigest()[:24]
 
 
-@dataclass(frozen=True)
-class ValidateOptions:
-    """Flags of python -m infer_fast.validate."""
-
-    syn_data_path: Path
-    """the distilled set's folder, or class folders of images that anyone wrote (newCCC, or named as the classes)"""
-    dataset: str | None = None
-    """the real dataset's name; None: the one the set was distilled from (class folders of images need it)"""
-    arch_name: Annotated[tuple[str, ...], arg(aliases=["--teacher-model"])] = ()
-    """teachers that label class folders of images"""
-    arch_path: tuple[Path, ...] = ()
-    """their checkpoints, one for each"""
-    data_path: Path | None = None
-    """the real dataset's folder (the test images, and what is compared)"""
-    image_size: int | None = None
-    """resize and centre-crop files to this many pixels squared"""
-    seeds: int = 3
-    """independent students per row"""
-    compare: Compare = "random"
-    """rows beside the distilled set's: none; random real images of the same bytes; all (and the whole dataset)"""
-    tsne: bool = False
-    """also draw t-SNE of a student's features, distilled-trained beside random-trained: tsne.png"""
-    output_dir: Path | None = None
-    """where table.md and students.json go; None: the distilled set's folder"""
-    student: Annotated[StudentSettings, arg(name="")] = field(default_factory=StudentSettings)
-
-
 def recipe_of(card: dict) -> Recipe:
     """The recipe stored in a distilled set's card."""
-    stored = dict(card["recipe"])
-    student = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["student"].items()}
-    return replace(
-        Recipe(), **{k: stored[k] for k in ("dataset", "ipc", "seeds", "compare")}, student=StudentSettings(**student)
-    )
+    stored = card["recipe"]
+    kept = {k: stored[k] for k in ("dataset", "ipc", "seeds", "compare")}
+    return replace(Recipe(), **kept, student=student_of(stored))
 
 
 def _main(args: list[str]) -> None:
-    folder = _folder(args)
+    folder = Path(cli.value_of(args, "--syn-data-path", "--train-dir") or "runs/digits")
     card = read_json(folder / CARD) if (folder / CARD).is_file() else None
     recipe = Recipe() if card is None else recipe_of(card)
     default = ValidateOptions(folder, seeds=recipe.seeds, compare=recipe.compare, student=recipe.student)
     options = cli.parse(
         ValidateOptions, default, args, "python -m infer_fast.validate", "Students on a distilled set, and the table."
     )
-    judged = _images_of_others(options) if _is_image_set(folder) else _our_set(options, recipe)
+    if options.check_ckpt is not None:
+        print(recorded(options.check_ckpt))
+        return
+    judged = what_is_judged(options, recipe)
     output = options.output_dir or options.syn_data_path
+    if not options.resume:
+        (output / "students.json").unlink(missing_ok=True)
     rows = validate(
         judged.distilled,
         judged.dataset,
         judged.teachers,
         options.student,
         ipc=judged.ipc,
-        compare=options.compare,
+        compare=judged.compare,
         seeds=options.seeds,
         seed=judged.seed,
         store=output / "students.json",
+        labels_folder=judged.folder,
     )
-    text = table(rows, judged.dataset.train.images.nbytes)
+    text = table(rows, judged.dataset.train.nbytes)
     write_results(output, text, rows)
     print(text)
+    if options.wandb_name is not None:
+        log_to_wandb(rows, options.wandb_name, options.wandb_project, options.wandb_api_key)
     if options.tsne:
         print(f"\n{tsne(judged, options.student, output / 'tsne.png')}")
-    print("\n" + weights(judged.distilled, judged.teachers, options.student.epochs, judged.dataset.train.images.nbytes))
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A distilled set, the dataset it stands for (on the device), its teachers; ipc and the first student's seed."""
-
-    distilled: DistilledSet
-    dataset: ImageDataset
-    teachers: list[Teacher]
-    ipc: int
-    seed: int
-
-
-def _is_image_set(folder: Path) -> bool:
-    return folder.is_dir() and not (folder / TENSORS).exists() and any(p.is_dir() for p in folder.iterdir())
-
-
-def _our_set(options: ValidateOptions, recipe: Recipe) -> Judged:
-    distilled = load(options.syn_data_path)
-    data = distilled.card["dataset"]
-    data_path = options.data_path or (Path(data["data_path"]) if data.get("data_path") else None)
-    image_size = options.image_size or data.get("image_size")
-    dataset = load_dataset(options.dataset or data["name"], data_path, image_size=image_size)
-    if dataset.fingerprint != data["fingerprint"]:
-        raise InferFastError(
-            f"{data['name']} is not the dataset this set was distilled from (its fingerprint differs)."
-        )
-    needed = options.compare != "none" or options.tsne or "dynamic" in options.student.labels
-    teachers = teachers_of(distilled, options.syn_data_path) if needed else []
-    seed = distilled.card["recipe"]["synthesis"]["seed"]
-    return Judged(distilled, dataset.to(cli.device()), teachers, recipe.ipc, seed)
-
-
-def _images_of_others(options: ValidateOptions) -> Judged:
-    """Class folders of images, labelled by the given teachers."""
-    folder = options.syn_data_path
-    if options.dataset is None or not options.arch_name or len(options.arch_name) != len(options.arch_path):
-        raise InferFastError(
-            f"{folder} holds class folders of images: name the dataset they stand for (--dataset, --data-path) and the "
-            "teachers that label them (--arch-name, and a checkpoint for each with --arch-path)."
-        )
-    dataset = load_dataset(options.dataset, options.data_path, image_size=options.image_size).to(cli.device())
-    images = read_image_set(folder, dataset.classes, options.image_size)
-    if tuple(images.shape[-2:]) != dataset.size:
-        raise InferFastError(
-            f"{folder} holds images of {images.shape[-1]}x{images.shape[-2]}, {dataset.name} of "
-            f"{dataset.size[1]}x{dataset.size[0]}: --image-size N brings both to NxN."
-        )
-    kept = (options.output_dir or folder.parent) / "teachers"
-    teachers = squeeze(
-        dataset, options.arch_name, SqueezeSettings(), seed=0, folder=kept, checkpoints=options.arch_path
-    )
-    logits = torch.zeros(len(dataset.classes), images.shape[1], 1, len(dataset.classes), dtype=torch.float16)
-    unlabelled = DistilledSet(images, None, logits, dataset.mean, dataset.std, dataset.classes)
-    return Judged(relabel(unlabelled, teachers), dataset, teachers, images.shape[1], 0)
+    print("\n" + weights(judged.distilled, judged.teachers, options.student, judged.dataset.train.nbytes))
 
 
 def write_results(folder: Path, text: str, rows: list[Row]) -> None:
     """Writes table.md and results.json into `folder`."""
-    from infer_fast.data.files import write_text
-
     write_text(folder / "table.md", text + "\n")
     write_json(folder / "results.json", {"rows": [asdict(r) for r in rows]})
 
 
-def _folder(args: list[str]) -> Path:
-    """--syn-data-path's value, needed before parsing: the set's card holds the other flags' defaults."""
-    for position, word in enumerate(args):
-        name, equals, value = word.partition("=")
-        if name.replace("_", "-") == "--syn-data-path":
-            return Path(value if equals else args[position + 1] if position + 1 < len(args) else "")
-    return Path("runs/digits")
+def log_to_wandb(rows: list[Row], name: str, project: str = "infer_fast", key: str | None = None) -> None:
+    """Each row's accuracies as one step of a Weights & Biases run. Raises InferFastError without the package."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise InferFastError("--wandb-name needs the package wandb: pip install wandb, or leave it out.") from error
+    if key is not None:
+        wandb.login(key=key)
+    wandb.init(project=project, name=name)
+    for row in rows:
+        wandb.log({**asdict(row), "accuracy": row.mean, "std": row.std})
+    wandb.finish()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_the_whole_way_ends_with_the_table(finished):
     }
     assert weights["base images"] == "5,760" and weights["compensators, scales and offsets"] == f"{6 * (192 + 12):,}"
     assert weights["soft labels, static"] == "1,800"
-    assert weights["soft labels of 2 epochs' crops (FKD, if stored)"] == f"{2 * 90 * 29:,}"
+    assert weights["soft labels of every crop of 2 epochs (FKD)"] == f"{2 * (90 * (4 + 4 + 20) + 2 * 4):,}"
 
 
 def test_the_file_weighs_what_the_card_says(finished):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from infer_fast.recipes import INFER_TEACHERS, RECIPES
+from infer_fast.recipes import IMAGENET_TEACHERS, INFER_TEACHERS, RECIPES
 
 # recipe: ipc, teachers, optimise, start, iterations, lr, r_bn, r_var, steps, rho, batch
 PUBLISHED = {
@@ -13,6 +13,9 @@ PUBLISHED = {
     "tiny-infer-ipc10": (10, 4, "compensator", "real", 2000, 0.1, 1.0, 1.0, 0, None, 200),
     "tiny-dwa-ipc50": (50, 1, "images", "real", 2000, 0.1, 0.01, 11.0, 12, 15e-3, 200),
     "tiny-sre2l-ipc100": (100, 1, "images", "noise", 2000, 0.1, 0.01, 1.0, 0, None, 200),
+    "imagenet-infer-ipc10": (10, 3, "compensator", "real", 2000, 0.25, 0.01, 1.0, 0, None, 1000),
+    "imagenet-dwa-ipc50": (50, 1, "images", "real", 2000, 0.25, 0.01, 2.0, 15, 15e-3, 100),
+    "imagenet-sre2l-ipc10": (10, 1, "images", "noise", 2000, 0.25, 0.01, 1.0, 0, None, 100),
 }
 
 
@@ -26,25 +29,33 @@ def test_recipes_have_the_published_numbers(name):
     assert (recipe.ipc, len(recipe.arch_name), s.optimise, s.start) == (ipc, teachers, optimise, start)
     assert (s.iterations, s.lr, s.r_bn, s.r_var, s.steps, s.batch_size) == (iterations, lr, r_bn, r_var, steps, batch)
     assert rho is None or s.rho == rho
-    assert s.first_bn_multiplier == 10 and s.jitter == 4
-    assert recipe.arch_name == (INFER_TEACHERS if teachers == 4 else ("resnet18",))
+    assert s.first_bn_multiplier == 10 and s.jitter == (32 if name.startswith("imagenet") else 4)
+    assert recipe.arch_name == {1: ("resnet18",), 3: IMAGENET_TEACHERS, 4: INFER_TEACHERS}[teachers]
+    assert recipe.arch_weights == ("IMAGENET1K_V1" if name.startswith("imagenet") else None)
 
 
 def test_students_have_the_published_numbers():
     for name, recipe in RECIPES.items():
+        s, q = recipe.student, recipe.squeeze
         if name in ("digits", "fashion-mnist"):
             continue
-        s, q = recipe.student, recipe.squeeze
+        if name.startswith("imagenet"):
+            assert (s.batch_size, s.epochs, s.temperature, s.mix_type, s.mix_alpha) == (128, 300, 20, "cutmix", 1.0)
+            assert (s.crop, s.flip, s.optimizer, s.lr, s.weight_decay) == ("resized", True, "auto", 1e-3, 0.01)
+            assert s.momentum is None and s.labels == (("static",) if "infer" in name else ("fkd",))
+            continue
         assert (q.epochs, q.lr, q.momentum, q.weight_decay, q.padding, q.flip) == (200, 0.1, 0.9, 5e-4, 4, True)
         assert (s.batch_size, s.temperature, s.mix_type, s.mix_alpha, s.padding) == (64, 30, "mixup", 0.8, 4)
         if name.startswith("tiny-dwa"):
-            assert (s.optimizer, s.lr, s.momentum, s.weight_decay, s.epochs) == ("sgd", 0.2, 0.9, 1e-4, 200)
+            assert (s.optimizer, s.lr, s.momentum, s.weight_decay, s.epochs) == ("auto", 0.2, 0.9, 1e-4, 200)
             assert (s.lr_warmup_epochs, s.lr_warmup_decay) == (5, 0.01)
         else:
-            assert (s.optimizer, s.lr, s.weight_decay, s.epochs, s.lr_warmup_epochs) == ("adamw", 1e-3, 0.01, 400, 0)
+            assert (s.optimizer, s.lr, s.weight_decay, s.epochs, s.lr_warmup_epochs) == ("auto", 1e-3, 0.01, 400, 0)
+            assert s.momentum is None
 
 
 def test_all_names_are_there():
     expected = {f"{d}-{m}-ipc{n}" for d in ("cifar10", "cifar100", "tiny") for m in ("infer", "dwa", "sre2l")
                 for n in (10, 50, 100)}  # fmt: skip
-    assert set(RECIPES) == expected | {"digits", "fashion-mnist"}
+    imagenet = {f"imagenet-{m}-ipc{n}" for m in ("infer", "dwa", "sre2l") for n in (10, 50)}
+    assert set(RECIPES) == expected | imagenet | {"digits", "fashion-mnist"}

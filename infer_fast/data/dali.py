@@ -8,8 +8,8 @@ nothing. DALI draws crops and flips, from a seed of the given generator.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infer_fast.data.loader import Augmentation, Composer, ResidentSet, batches, mixed, pasted
+from infer_fast.data.images import FileSplit
+from infer_fast.data.loader import Augmentation, Composer, ResidentSet, batches
 from infer_fast.errors import InferFastError
 from infer_fast.recipes import CROP_AREA, CROP_RATIO
-
-RESIZE = 256 / 224  # a test image's shorter side over the crop taken from its centre
 
 
 def resident_batches(
@@ -33,7 +32,7 @@ def resident_batches(
     generator: torch.Generator,
     workers: int = 4,
 ) -> Iterator[tuple]:
-    """`updates` batches of a resident set, cropped, flipped and normalised by DALI: what `finish` takes.
+    """`updates` batches of a resident set, cropped, flipped and normalised by DALI: what loader.finish takes.
 
     (images float32 (B, 3, H, W), targets (B, C), weight, partner, box), see Draw. Raises InferFastError without DALI.
     """
@@ -52,7 +51,11 @@ def resident_batches(
 
     def augment(fn: ModuleType, types: ModuleType, device: str):
         images = fn.external_source(source=instances(), batch=True, layout="CHW", dtype=types.FLOAT, device=device)
-        if augmentation.padding:
+        if augmentation.resized:
+            images = fn.random_resized_crop(
+                images, size=size, random_area=CROP_AREA, random_aspect_ratio=CROP_RATIO, antialias=False
+            )
+        elif augmentation.padding:
             shifts = list(range(-augmentation.padding, augmentation.padding + 1))
             start = fn.random.uniform(values=shifts, shape=[2], dtype=types.INT32)
             images = fn.slice(
@@ -64,47 +67,28 @@ def resident_batches(
         yield images, *waiting.popleft()
 
 
-def finish(
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor | None,
-    partner: torch.Tensor | None,
-    box: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """MixUp or CutMix of augmented images (B, 3, H, W) and targets (B, C)."""
-    images = mixed(images, weight, partner) if box is None else pasted(images, partner, box)
-    return images, mixed(targets, weight, partner)
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """A folder of class folders as DALI reads it: files, their classes int64 (N,), the classes' names."""
-
-    files: tuple[Path, ...]
-    labels: torch.Tensor
-    classes: tuple[str, ...]
-
-
 def file_batches(
-    source: ImageFiles,
+    source: FileSplit,
     *,
-    size: int,
     batch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
-    training: bool,
+    training: bool = True,
+    flip: bool = True,
     generator: torch.Generator | None = None,
     shard: int = 0,
     shards: int = 1,
     workers: int = 4,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of a shard: images float32 (B, 3, size, size), normalised, and classes int64 (B,), on `device`.
+    """One epoch of a shard: images float32 (B, 3, H, W), normalised, and classes int64 (B,), on `device`.
 
     training: RandomResizedCrop (area 0.08..1) and flip, shuffled by `generator` (the same on every rank); else the
-    shorter side resized to 256/224 of size, centre crop, in order. Shard s of n takes every n-th image from s on.
-    Grey and CMYK files become RGB. Raises InferFastError naming a file that can't be decoded, or without DALI.
+    shorter side resized to the split's margin times its size, centre crop, in order. Shard s of n takes every n-th
+    image from s on. Grey and CMYK files become RGB. Raises InferFastError naming a file that can't be decoded, or
+    without DALI.
     """
+    size, labels = source.size[0], source.labels.cpu()
     if not 0 <= shard < shards:
         raise InferFastError(f"shard {shard} of {shards}: it must be one of 0..{shards - 1}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -128,14 +112,14 @@ def file_batches(
             images = fn.resize(images, size=[size, size], antialias=True)
         else:
             images = fn.decoders.image(files, device=decoder, output_type=types.RGB)
-            images = fn.resize(images, resize_shorter=round(size * RESIZE), antialias=True)
+            images = fn.resize(images, resize_shorter=round(size * source.margin), antialias=True)
             images = fn.crop(images, crop=[size, size])
         pixels = [[255 * v for v in values] for values in (mean, std)]
-        return _normalised(fn, types, images, *pixels, training)
+        return _normalised(fn, types, images, *pixels, training and flip)
 
     try:
         for (images,) in _run(decode, batch_size, device, seed + shard, workers):
-            yield images, source.labels[waiting.popleft()].to(device, non_blocking=True)
+            yield images, labels[waiting.popleft()].to(device, non_blocking=True)
     except RuntimeError as error:
         read = [source.files[p] for positions in waiting for p in positions.tolist()]
         broken = next((path for path in read if not _decodes(path)), None)
@@ -196,18 +180,3 @@ def _dali() -> tuple[ModuleType, ModuleType, Callable]:
             "or choose --loader fused."
         ) from error
     return fn, types, Pipeline
-
-
-def image_files(folders: Iterable[Path]) -> ImageFiles:
-    """The files of class folders, sorted by class and name. Raises InferFastError for no folder, or an empty one."""
-    folders = sorted(folders, key=lambda folder: folder.name)
-    files, labels = [], []
-    for label, folder in enumerate(folders):
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        if not found:
-            raise InferFastError(f"{folder} holds no JPEG or PNG files.")
-        files += found
-        labels += [label] * len(found)
-    if not files:
-        raise InferFastError("No class folders were given.")
-    return ImageFiles(tuple(files), torch.tensor(labels), tuple(f.name for f in folders))

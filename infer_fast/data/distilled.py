@@ -5,7 +5,7 @@ On disk it is a folder: distilled.safetensors, card.json (how it was made), READ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -96,6 +96,15 @@ class DistilledSet(Dataset):
         flat = None if self.compensators is None else Quantised(*(t.flatten(0, 1) for t in self.compensators))
         index = torch.where(view == 0, -1, (view - 1) * k + base_index % k)
         return self.base.flatten(0, 1), base_index, flat, None if flat is None else index
+
+    def part(self, k: int, teachers: int) -> DistilledSet:
+        """The first k base images of each class, with the compensators of the first `teachers` teachers."""
+        compensators = None
+        if self.compensators is not None and teachers > 0:
+            compensators = Quantised(*(t[:teachers, :k] for t in self.compensators))
+        return replace(
+            self, base=self.base[:, :k], compensators=compensators, logits=self.logits[:, :k, : teachers + 1]
+        )
 
     def save(self, folder: Path) -> Path:
         """Writes distilled.safetensors atomically: the same set always gives the same bytes (not the card)."""

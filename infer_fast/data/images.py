@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from infer_fast.data.decode import decode_all
 from infer_fast.data.files import read_json, write_json
 from infer_fast.errors import InferFastError
+
+STATISTICS_SAMPLE = 10_000  # images that a set on the disk has its mean and deviation from
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,85 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every image."""
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images, decoded."""
+        return self.images.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """The images at int64 `positions` of any shape: uint8 (*positions.shape, 3, H, W)."""
+        return self.images[positions.to(self.device)]
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class FileSplit:
+    """Image files that stay on the disk, and labels int64 (N,): the same face as Split, decoded when asked for.
+
+    size: (H, W) that every file is brought to, H = W; margin: see infer_fast.data.decode.decode; keep: whether what was
+    decoded once stays in memory.
+    """
+
+    files: tuple[Path, ...]
+    labels: torch.Tensor
+    size: tuple[int, int]
+    margin: float = 1.0
+    keep: bool = False
+    _kept: list[torch.Tensor] = field(default_factory=list, repr=False)  # the images, and which are there
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images, decoded."""
+        return len(self) * 3 * self.size[0] * self.size[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """The images at int64 `positions` of any shape: uint8 (*positions.shape, 3, H, W), on the device.
+
+        Raises InferFastError naming a file that does not decode.
+        """
+        flat = positions.flatten().cpu()
+        if not self.keep:
+            return self._decoded(flat).view(*positions.shape, 3, *self.size)
+        if not self._kept:
+            images = torch.empty(len(self), 3, *self.size, dtype=torch.uint8, device=self.device)
+            self._kept.extend([images, torch.zeros(len(self), dtype=torch.bool)])
+        images, there = self._kept
+        missing = flat[~there[flat]].unique()
+        if len(missing):
+            images[missing.to(self.device)] = self._decoded(missing)
+            there[missing] = True
+        return images[positions.to(self.device)]
+
+    def to(self, device: torch.device) -> FileSplit:
+        return replace(self, labels=self.labels.to(device), _kept=[])
+
+    def _decoded(self, positions: torch.Tensor) -> torch.Tensor:
+        files = [self.files[position] for position in positions.tolist()]
+        return decode_all([(str(file), file) for file in files], self.size[0], self.margin).to(self.device)
+
+
+def most_resident() -> int:
+    """Bytes of images that are decoded into memory at once, larger sets stay on the disk: a quarter of its memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
 
 @dataclass(frozen=True)
 class ImageDataset:
@@ -32,8 +115,8 @@ class ImageDataset:
     """
 
     name: str
-    train: Split
-    test: Split
+    train: Split | FileSplit
+    test: Split | FileSplit
     classes: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -41,43 +124,55 @@ class ImageDataset:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of every image."""
-        return self.train.images.shape[2], self.train.images.shape[3]
+        return self.test.size
+
+    @property
+    def device(self) -> torch.device:
+        return self.test.device
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all images and labels: the identity of the dataset in caches and cards."""
+        """SHA-256 over all images (of files, names and sizes) and labels: what caches and cards know the dataset by."""
         return _fingerprint(self.train, self.test)
 
     def to(self, device: torch.device) -> ImageDataset:
         """The same dataset with its tensors on `device`."""
-        moved = [Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.test)]
+        moved = [split.to(device) for split in (self.train, self.test)]
         result = ImageDataset(self.name, *moved, self.classes, self.mean, self.std)
         result.__dict__["fingerprint"] = self.fingerprint
         return result
 
 
 def image_dataset(
-    name: str, train: Split, test: Split, classes: tuple[str, ...], cache: Path | None = None
+    name: str,
+    train: Split | FileSplit,
+    test: Split | FileSplit,
+    classes: tuple[str, ...],
+    cache: Path | None = None,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
 ) -> ImageDataset:
     """Checks the parts, brings them to one form and adds the channel statistics.
 
     Grey images (N, 1, H, W) are repeated to 3 channels; 28x28 is padded to 32x32 with black, as the field does.
-    `cache`: a folder where the statistics are kept under the dataset's fingerprint, computed once.
+    statistics: mean and deviation where they are known; else those of the training images (of files on the disk, of
+    10,000 drawn from them). cache: a folder where they are kept under the dataset's fingerprint, computed once.
     Raises InferFastError for an empty split, mixed sizes between the splits, or a label out of range.
     """
     for split, which in ((train, "training"), (test, "test")):
         _check(name, split, which, len(classes))
     train, test = _standard_form(train), _standard_form(test)
-    if train.images.shape[1:] != test.images.shape[1:]:
+    if train.size != test.size:
         raise InferFastError(
             f"{name}: training images are {_size(train)} and test images {_size(test)}: all must have one size "
             "(--image-size N brings them to NxN)."
         )
+    if statistics is not None:
+        return ImageDataset(name, train, test, classes, *statistics)
     if cache is None:
-        return ImageDataset(name, train, test, classes, *channel_statistics(train.images))
+        return ImageDataset(name, train, test, classes, *channel_statistics(_sample(train)))
     fingerprint = _fingerprint(train, test)
     dataset = ImageDataset(
-        name, train, test, classes, *_cached_statistics(train.images, cache / f"{name}-{fingerprint[:16]}.json")
+        name, train, test, classes, *_cached_statistics(train, cache / f"{name}-{fingerprint[:16]}.json")
     )
     dataset.__dict__["fingerprint"] = fingerprint  # hashed once: the property would hash every image again
     return dataset
@@ -129,13 +224,12 @@ def _columns(device: torch.device, mean: tuple[float, ...], std: tuple[float, ..
     return tuple(torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
 
 
-def _check(name: str, split: Split, which: str, classes: int) -> None:
-    if len(split.images) == 0:
+def _check(name: str, split: Split | FileSplit, which: str, classes: int) -> None:
+    count = len(split.files if isinstance(split, FileSplit) else split.images)
+    if count == 0:
         raise InferFastError(f"{name}: the {which} split holds no images.")
-    if len(split.images) != len(split.labels):
-        raise InferFastError(
-            f"{name}: the {which} split has {len(split.images)} images but {len(split.labels)} labels."
-        )
+    if count != len(split.labels):
+        raise InferFastError(f"{name}: the {which} split has {count} images but {len(split.labels)} labels.")
     low, high = int(split.labels.min()), int(split.labels.max())
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
@@ -144,7 +238,9 @@ def _check(name: str, split: Split, which: str, classes: int) -> None:
         )
 
 
-def _standard_form(split: Split) -> Split:
+def _standard_form(split: Split | FileSplit) -> Split | FileSplit:
+    if isinstance(split, FileSplit):
+        return split
     images = split.images
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
@@ -153,23 +249,35 @@ def _standard_form(split: Split) -> Split:
     return Split(images.contiguous(), split.labels.long())
 
 
-def _cached_statistics(images: torch.Tensor, path: Path) -> tuple:
+def _cached_statistics(split: Split | FileSplit, path: Path) -> tuple:
     if path.is_file():
         stored = read_json(path)
         return tuple(stored["mean"]), tuple(stored["std"])
-    mean, std = channel_statistics(images)
+    mean, std = channel_statistics(_sample(split))
     write_json(path, {"mean": mean, "std": std})
     return mean, std
 
 
-def _fingerprint(*splits: Split) -> str:
+def _sample(split: Split | FileSplit) -> torch.Tensor:
+    """The images that the statistics are taken of: all that are in memory, some of those on the disk."""
+    if isinstance(split, Split):
+        return split.images
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return split.at(order[:STATISTICS_SAMPLE])
+
+
+def _fingerprint(*splits: Split | FileSplit) -> str:
     digest = hashlib.sha256()
     for split in splits:
-        digest.update(str(tuple(split.images.shape)).encode())
-        digest.update(split.images.cpu().contiguous().numpy().data)
+        if isinstance(split, FileSplit):
+            files = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in split.files]
+            digest.update("\n".join([str(split.size), str(split.margin), *files]).encode())
+        else:
+            digest.update(str(tuple(split.images.shape)).encode())
+            digest.update(split.images.cpu().contiguous().numpy().data)
         digest.update(split.labels.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
-def _size(split: Split) -> str:
-    return "x".join(str(n) for n in split.images.shape[2:])
+def _size(split: Split | FileSplit) -> str:
+    return "x".join(str(n) for n in split.size)

@@ -1,15 +1,17 @@
-"""Batches for training, from a set that stays resident on the device as bytes.
+"""Batches for training, from a set that stays resident on the device as bytes, or from files on the disk.
 
-Two steps: the random numbers of an epoch are drawn on the host and sent over at once (`batches`); a batch is then
-made on the device, with nothing read back (`Composer`), so that a training step can be captured together with the
-making of its batch.
+A resident set takes two steps: the random numbers of an epoch are drawn on the host and sent over at once (`batches`);
+a batch is then made on the device, with nothing read back (`Composer`), so that a training step can be captured
+together with the making of its batch.
 
 `feed` picks the loader: fused (one kernel from the stored bytes to the batch), torch (the same in plain PyTorch), or
-dali (infer_fast.data.dali). All three draw from the same distribution of augmentations.
+dali (infer_fast.data.dali). All three draw from the same distribution of augmentations. Files on the disk
+(FileSplit) are decoded by dali or by torch (infer_fast.data.folder).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,8 +20,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from infer_fast.data.crops import draw_crops, resized_crop
 from infer_fast.data.distilled import DistilledSet
-from infer_fast.data.images import Split
+from infer_fast.data.images import FileSplit, Split
 from infer_fast.errors import InferFastError
 from infer_fast.ops import Quantised, compose
 
@@ -29,7 +32,8 @@ MIXES = ("mixup", "cutmix", "none")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop with `padding` black pixels on each side, horizontal flip, then MixUp or CutMix of pairs.
+    """Random crop with `padding` black pixels on each side, or a random resized crop (`resized`), horizontal flip, then
+    MixUp or CutMix of pairs.
 
     mix_alpha: of the Beta(alpha, alpha) that mixing draws its weight from (MixUp, arXiv 1710.09412; CutMix, arXiv
     1905.04899): one weight, and one box, for a batch.
@@ -39,6 +43,7 @@ class Augmentation:
     flip: bool = False
     mix: str = "none"
     mix_alpha: float = 0.8
+    resized: bool = False
 
     def __post_init__(self) -> None:
         if self.mix not in MIXES:
@@ -48,13 +53,14 @@ class Augmentation:
 class Draw(NamedTuple):
     """The random numbers of one batch of B instances; None for what is not wanted.
 
-    positions: int64 (B,), which instances; shift: int64 (B, 2), rows and columns of the crop; flip: bool (B,); weight:
-    float32 (1,), of an image against its partner; partner: int64 (B,), positions in the batch; box: int64 (4,),
-    CutMix's top, left, bottom and right.
+    positions: int64 (B,), which instances; shift: int64 (B, 2), rows and columns of the padded crop; crop: int64
+    (B, 4), top, left, height and width of the resized one; flip: bool (B,); weight: float32 (1,), of an image against
+    its partner; partner: int64 (B,), positions in the batch; box: int64 (4,), CutMix's top, left, bottom and right.
     """
 
     positions: torch.Tensor
     shift: torch.Tensor | None
+    crop: torch.Tensor | None
     flip: torch.Tensor | None
     weight: torch.Tensor | None
     partner: torch.Tensor | None
@@ -103,6 +109,28 @@ class ResidentSet:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class FileSet:
+    """Training images that stay on the disk, with their classes; mean, std: in [0,1] pixels."""
+
+    split: FileSplit
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    soft = False
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+
+def training_set(split: Split | FileSplit, classes: int, mean: tuple, std: tuple) -> ResidentSet | FileSet:
+    """Real images with their classes, to be trained on: resident, or on the disk."""
+    if isinstance(split, FileSplit):
+        return FileSet(split, classes, mean, std)
+    return resident_split(split, classes, mean, std)
+
+
 def resident_distilled(distilled: DistilledSet, *, soft: bool) -> ResidentSet:
     """Every instance of a distilled set, with its soft labels or its class."""
     base, base_index, compensators, index = distilled.sources(torch.arange(len(distilled)))
@@ -120,16 +148,27 @@ def resident_split(
     return ResidentSet(split.images, index, None, None, targets, classes, mean, std)
 
 
-def choose_loader(loader: str) -> str:
-    """What `loader` means for a resident set: auto is fused. Raises InferFastError for an unknown one."""
+def choose_loader(loader: str, source: ResidentSet | FileSet) -> str:
+    """What `loader` means for `source`: auto is fused for a resident set, and dali for files, where it is installed.
+
+    Raises InferFastError for an unknown loader, or fused for files.
+    """
     if loader not in LOADERS:
         raise InferFastError(f"{loader!r} is not a loader: choose one of {', '.join(LOADERS)}.")
-    return "fused" if loader == "auto" else loader
+    if isinstance(source, ResidentSet):
+        return "fused" if loader == "auto" else loader
+    if loader == "fused":
+        raise InferFastError(
+            "The loader fused needs a set in memory, this one stays on the disk: choose dali or torch."
+        )
+    if loader == "auto":
+        return "torch" if importlib.util.find_spec("nvidia.dali") is None else "dali"
+    return loader
 
 
 def feed(
     loader: str,
-    resident: ResidentSet,
+    source: ResidentSet | FileSet,
     *,
     batch_size: int,
     updates: int,
@@ -137,19 +176,67 @@ def feed(
     generator: torch.Generator,
     workers: int = 4,
 ) -> tuple[Iterator[tuple], Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
-    """(batches, make) for infer_fast.models.train.fit: `updates` batches of `resident` through `loader`.
+    """(batches, make) for infer_fast.models.train.fit: `updates` batches of `source` through `loader`.
 
     make(*batch) gives images float32 (B, 3, H, W) normalised and targets float32 (B, C). Every epoch is one shuffle;
-    its last batch may be short. workers: dali's threads. Raises InferFastError for an unknown loader, or dali where it
-    is not installed.
+    its last batch may be short. Files on the disk always get a random resized crop. workers: threads of dali, and of
+    the decoding of files. Raises InferFastError for a loader that can't serve, or dali where it is not installed.
     """
     options = {"batch_size": batch_size, "updates": updates, "augmentation": augmentation, "generator": generator}
-    chosen = choose_loader(loader)
+    chosen = choose_loader(loader, source)
+    if isinstance(source, FileSet):
+        return _from_files(chosen, source, workers=workers, **options), finish
     if chosen == "dali":
         from infer_fast.data import dali
 
-        return dali.resident_batches(resident, workers=workers, **options), dali.finish
-    return batches(resident, **options), Composer(resident, backend="reference" if chosen == "torch" else None)
+        return dali.resident_batches(source, workers=workers, **options), finish
+    return batches(source, **options), Composer(source, backend="reference" if chosen == "torch" else None)
+
+
+def finish(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor | None,
+    partner: torch.Tensor | None,
+    box: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MixUp or CutMix of augmented images (B, 3, H, W) and targets (B, C)."""
+    images = mixed(images, weight, partner) if box is None else pasted(images, partner, box)
+    return images, mixed(targets, weight, partner)
+
+
+def _from_files(
+    loader: str,
+    source: FileSet,
+    *,
+    batch_size: int,
+    updates: int,
+    augmentation: Augmentation,
+    generator: torch.Generator,
+    workers: int,
+) -> Iterator[tuple]:
+    """Batches of files, decoded, cropped, flipped and normalised: what `finish` takes."""
+    from infer_fast.data import dali, folder
+
+    epoch = dali.file_batches if loader == "dali" else folder.file_batches
+    device, done = source.split.device, 0
+    while done < updates:
+        for images, labels in epoch(
+            source.split,
+            batch_size=batch_size,
+            mean=source.mean,
+            std=source.std,
+            device=device,
+            flip=augmentation.flip,
+            generator=generator,
+            workers=workers,
+        ):
+            targets = F.one_hot(labels, source.classes).float()
+            mixing = _mixing(len(images), source.split.size, augmentation, generator)
+            yield images, targets, *(None if drawn is None else drawn.to(device) for drawn in mixing)
+            done += 1
+            if done == updates:
+                return
 
 
 def batches(
@@ -176,15 +263,23 @@ def batches(
 
 def _draw(positions: torch.Tensor, size: tuple[int, int], how: Augmentation, generator: torch.Generator) -> Draw:
     count, pad = len(positions), how.padding
-    shift = torch.randint(-pad, pad + 1, (count, 2), generator=generator) if pad else None
+    shift = torch.randint(-pad, pad + 1, (count, 2), generator=generator) if pad and not how.resized else None
+    crop = draw_crops(count, size, generator) if how.resized else None
     flip = (torch.rand(count, generator=generator) < 0.5) if how.flip else None
-    weight = partner = box = None
-    if how.mix != "none" and how.mix_alpha > 0:
-        weight = beta(how.mix_alpha, generator)
-        partner = torch.randperm(count, generator=generator)
-    if how.mix == "cutmix" and weight is not None:
+    return Draw(positions, shift, crop, flip, *_mixing(count, size, how, generator))
+
+
+def _mixing(
+    count: int, size: tuple[int, int], how: Augmentation, generator: torch.Generator
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(weight, partner, box) of a batch of `count` images, see Draw."""
+    if how.mix == "none" or how.mix_alpha <= 0:
+        return None, None, None
+    weight, box = beta(how.mix_alpha, generator), None
+    partner = torch.randperm(count, generator=generator)
+    if how.mix == "cutmix":
         box, weight = cutmix_box(weight, size, generator)
-    return Draw(positions, shift, flip, weight, partner, box)
+    return weight, partner, box
 
 
 def _sent(draws: list[Draw], device: torch.device) -> Iterator[Draw]:
@@ -216,12 +311,14 @@ class Composer:
         self,
         positions: torch.Tensor,
         shift: torch.Tensor | None = None,
+        crop: torch.Tensor | None = None,
         flip: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
         partner: torch.Tensor | None = None,
         box: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        own, mixes = self.resident, weight is not None and box is None  # MixUp is made with the batch, CutMix after it
+        own = self.resident
+        mixes = weight is not None and box is None and crop is None  # with the batch; after a resized crop or CutMix
         index = own.compensator_index
         images = compose(
             own.base,
@@ -229,16 +326,17 @@ class Composer:
             own.compensators,
             None if index is None else index[positions],
             shift=shift,
-            flip=flip,
+            flip=flip if crop is None else None,
             lam=weight.expand(len(positions)) if mixes else None,
             partner=partner if mixes else None,
             mean=own.mean,
             std=own.std,
             backend=self.backend,
         )
-        if box is not None:
-            images = pasted(images, partner, box)
-        return images, mixed(own.targets_at(positions), weight, partner)
+        if crop is not None:
+            images = resized_crop(images, crop, flip)
+        targets = own.targets_at(positions)
+        return (images, mixed(targets, weight, partner)) if mixes else finish(images, targets, weight, partner, box)
 
 
 def mixed(values: torch.Tensor, weight: torch.Tensor | None, partner: torch.Tensor | None) -> torch.Tensor:

@@ -1,27 +1,28 @@
 """Where datasets come from: each source is read into the same ImageDataset.
 
 digits (scikit-learn's own), torchvision's names (downloaded, or found under the given path), a folder of idx(.gz)
-files, an ImageFolder (train/ and val/ or test/), Tiny-ImageNet's own layout, and Hugging Face parquet files.
+files, an ImageFolder (train/ and val/ or test/), Tiny-ImageNet's and ImageNet's own layouts, and Hugging Face parquet
+files. Class folders too large for the memory, and ImageNet always, stay on the disk (FileSplit).
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import json
-import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
-from infer_fast.data.images import ImageDataset, Split, image_dataset
+from infer_fast.data.decode import IMAGE_SUFFIXES, decode_all, image_files, open_rgb
+from infer_fast.data.images import FileSplit, ImageDataset, Split, image_dataset, most_resident
 from infer_fast.errors import InferFastError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+AnySplit = Split | FileSplit
 TORCHVISION_NAMES = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
@@ -31,49 +32,100 @@ TORCHVISION_NAMES = {
     "svhn": "SVHN",
 }
 ANNOTATIONS = "val_annotations.txt"
+SOLUTION = "LOC_val_solution.csv"  # the classes of ImageNet's validation images, where those lie in one folder
+ALIASES = {
+    "fashionmnist": "fashion-mnist",
+    "tiny": "tiny-imagenet",
+    "imagenet-1k": "imagenet",
+    "imagenet1k": "imagenet",
+}
+IMAGENET_SIZE = 224
+IMAGENET_MARGIN = 256 / 224  # a test image's shorter side over the square cut from its centre, as torchvision measures
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's weights were trained with
 DIGITS_TEST_SHARE = 3  # every third image of each class is held out
 
 
+class Reading(NamedTuple):
+    """How image files are read: brought to image_size (None: as they are) with a margin; on_disk: never all decoded."""
+
+    image_size: int | None = None
+    margin: float = 1.0
+    on_disk: bool = False
+
+
 def load_dataset(
-    name: str, data_path: Path | None = None, *, image_size: int | None = None, cache: Path | None = None
+    name: str,
+    data_path: Path | None = None,
+    *,
+    image_size: int | None = None,
+    cache: Path | None = None,
+    val_path: Path | None = None,
 ) -> ImageDataset:
     """Reads dataset `name`: from `data_path` in whatever layout is found there, else from its public source.
 
-    image_size: resize (shorter side) and centre-crop every image of a folder or parquet to this many pixels squared.
-    cache: a folder where channel statistics are kept.
-    Raises InferFastError when the path is missing or holds no images, an image does not decode, sizes are mixed,
+    image_size: resize (shorter side) and centre-crop every image of a folder or parquet to this many pixels squared
+    (ImageNet: 224 unless given, the shorter side to 256/224 of it). cache: a folder where channel statistics are kept.
+    val_path: class folders of test images, in place of the dataset's own; without a data_path (and for a name that
+    can't be fetched) there are then no training images, and the statistics are those of the test images.
+    Raises InferFastError when a path is missing or holds no images, an image does not decode, sizes are mixed,
     labels are out of range, or a download fails.
     """
-    key = name.lower().replace("_", "-").replace("fashionmnist", "fashion-mnist")
-    if data_path is None:
-        if key == "digits":
-            parts = read_digits()
-        elif key in TORCHVISION_NAMES:
-            parts = read_torchvision(key, Path("data"), download=True)
-        else:
-            known = ", ".join(["digits", *TORCHVISION_NAMES])
-            raise InferFastError(
-                f"{name} is not a dataset that can be fetched by name ({known}): give its place with --data-path."
-            )
-    else:
-        parts = _read_path(key, data_path, image_size)
+    key = canonical_name(name)
+    reading = Reading(image_size)
+    if key == "imagenet":
+        reading = Reading(image_size or IMAGENET_SIZE, IMAGENET_MARGIN, on_disk=True)
+    statistics = IMAGENET_STATISTICS if key == "imagenet" else None
+    fetchable = key == "digits" or key in TORCHVISION_NAMES
+    if data_path is not None:
+        parts = _read_path(key, data_path, reading)
         parts = (*parts[:2], _known_names(key, parts[2]))
-    return image_dataset(key, *parts, cache=cache)
+    elif key == "digits":
+        parts = read_digits()
+    elif fetchable and val_path is None:
+        parts = read_torchvision(key, Path("data"), download=True)
+    elif val_path is not None:
+        parts = None
+    else:
+        known = ", ".join(["digits", *TORCHVISION_NAMES])
+        raise InferFastError(
+            f"{name} is not a dataset that can be fetched by name ({known}): give its place with --data-path."
+        )
+    if val_path is not None:
+        test, found = read_test_folders(val_path, None if parts is None else parts[2], reading)
+        if parts is None:
+            return _without_training(key, test, found, statistics)
+        parts = (parts[0], test, parts[2])
+    return image_dataset(key, *parts, cache=cache, statistics=statistics)
 
 
-def _read_path(name: str, path: Path, image_size: int | None) -> tuple[Split, Split, tuple[str, ...]]:
+def canonical_name(name: str) -> str:
+    """The one name of a dataset that goes by several: hyphens and underscores alike, `tiny` for tiny-imagenet."""
+    key = name.lower().replace("_", "-")
+    return ALIASES.get(key, key)
+
+
+def _without_training(name: str, test: AnySplit, classes: tuple[str, ...], statistics: tuple | None) -> ImageDataset:
+    """A dataset of test images alone: no training image, statistics of the test images where none are known."""
+    judged = image_dataset(name, test, test, classes, statistics=statistics)
+    nothing = Split(torch.empty(0, 3, *judged.size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+    return replace(judged, train=nothing)
+
+
+def _read_path(name: str, path: Path, reading: Reading) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
     if not path.exists():
         raise InferFastError(f"{path} does not exist: --data-path must be the folder that holds the dataset.")
     if not path.is_dir():
         raise InferFastError(f"{path} is a file: --data-path must be the folder that holds the dataset.")
+    if (path / "val" / ANNOTATIONS).is_file():
+        return read_tiny_imagenet(path, reading)
+    if (path / "train").is_dir() and any(p.is_dir() for p in (path / "train").iterdir()):
+        return read_image_folder(path, reading)
     if any(path.rglob("*.parquet")):
-        return read_parquet(path, image_size)
+        return read_parquet(path, reading.image_size)
     if any(path.glob("*-ubyte*")):
         return read_idx(path)
-    if (path / "val" / ANNOTATIONS).is_file():
-        return read_tiny_imagenet(path, image_size)
     if (path / "train").is_dir():
-        return read_image_folder(path, image_size)
+        raise InferFastError(f"{path / 'train'} holds no class folders.")
     if name in TORCHVISION_NAMES:
         return read_torchvision(name, path, download=False)
     raise InferFastError(
@@ -169,37 +221,93 @@ def _read_idx_file(path: Path) -> np.ndarray:
         raise InferFastError(f"{path} is not a whole idx file ({error}).") from error
 
 
-def read_image_folder(path: Path, image_size: int | None = None) -> tuple[Split, Split, tuple[str, ...]]:
-    """train/<class>/*.{png,jpg,...} and val/ or test/ likewise; class names in sorted order."""
+def read_image_folder(path: Path, reading: Reading) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
+    """train/<class>/*.{png,jpg,...} and val/ or test/ likewise; class names in sorted order.
+
+    ImageNet as it is published too: val/ without class folders, beside LOC_val_solution.csv that names their classes.
+    """
     test = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
     if test is None:
         raise InferFastError(f"{path} has train/ but neither val/ nor test/: students are judged on images held out.")
-    classes = tuple(sorted(p.name for p in (path / "train").iterdir() if p.is_dir()))
-    if not classes:
-        raise InferFastError(f"{path / 'train'} holds no class folders.")
-    unknown = sorted({p.name for p in test.iterdir() if p.is_dir()} - set(classes))
-    if unknown:
-        raise InferFastError(f"{test} has a class {unknown[0]!r} that {path / 'train'} has not.")
-    splits = [_read_class_folders(folder, classes, image_size) for folder in (path / "train", test)]
-    return splits[0], splits[1], classes
+    folders = _class_folders(path / "train")
+    classes = tuple(folder.name for folder in folders)
+    if (path / SOLUTION).is_file() and not any(p.is_dir() for p in test.iterdir()):
+        held_out = _read_solution(path / SOLUTION, test, classes, reading)
+    else:
+        unknown = sorted({p.name for p in test.iterdir() if p.is_dir()} - set(classes))
+        if unknown:
+            raise InferFastError(f"{test} has a class {unknown[0]!r} that {path / 'train'} has not.")
+        held_out, _ = read_test_folders(test, classes, reading)
+    return _read_class_folders(folders, path / "train", reading), held_out, _words(path, classes)
 
 
-def _read_class_folders(folder: Path, classes: tuple[str, ...], image_size: int | None) -> Split:
+def read_test_folders(
+    folder: Path, classes: tuple[str, ...] | None, reading: Reading
+) -> tuple[AnySplit, tuple[str, ...]]:
+    """Class folders of test images, and the classes' names: those given, else the folders'.
+
+    Folders are the classes' names, or as many as there are classes (then in sorted order). What is decoded stays in
+    memory if it all fits. Raises InferFastError for a folder that is no class.
+    """
+    if not folder.is_dir():
+        raise InferFastError(f"{folder} does not exist: it must be a folder of class folders.")
+    folders = _class_folders(folder)
+    names = tuple(f.name for f in folders)
+    if classes is None or set(names) <= set(classes):
+        by_name = {f.name: f for f in folders}
+        ordered = [by_name.get(name) for name in classes or names]
+    elif len(names) == len(classes):
+        ordered = folders
+    else:
+        unknown = sorted(set(names) - set(classes))[0]
+        raise InferFastError(f"{folder} has a class {unknown!r} that is none of the {len(classes)} of the dataset.")
+    return _read_class_folders(ordered, folder, reading, keep=True), classes or names
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.iterdir() if p.is_dir())
+    if not found:
+        raise InferFastError(f"{folder} holds no class folders.")
+    return found
+
+
+def _read_class_folders(
+    folders: Sequence[Path | None], parent: Path, reading: Reading, *, keep: bool = False
+) -> AnySplit:
+    """The images of a folder for each class (None: the class has none)."""
     files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    for label, folder in enumerate(folders):
+        found = image_files(folder) if folder is not None else []
         files += found
         labels += [label] * len(found)
     if not files:
-        raise InferFastError(f"{folder} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return Split(_decode_all([(str(f), f) for f in files], image_size), torch.tensor(labels))
+        raise InferFastError(f"{parent} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return _split(files, labels, reading, keep=keep)
 
 
-def read_image_set(path: Path, classes: tuple[str, ...], image_size: int | None = None) -> torch.Tensor:
+def _split(files: list[Path], labels: list[int], reading: Reading, *, keep: bool = False) -> AnySplit:
+    """The files decoded, or left on the disk where they would not fit the memory."""
+    width, height = (reading.image_size,) * 2 if reading.image_size else open_rgb(str(files[0]), files[0]).size
+    if not reading.on_disk and len(files) * 3 * width * height <= most_resident():
+        images = decode_all([(str(f), f) for f in files], reading.image_size, reading.margin)
+        return Split(images, torch.tensor(labels))
+    if width != height:
+        raise InferFastError(
+            f"{len(files)} images of {width}x{height} stay on the disk, and are brought to squares then: give "
+            "--image-size N."
+        )
+    split = FileSplit(tuple(files), torch.tensor(labels), (height, width), reading.margin)
+    return replace(split, keep=keep and split.nbytes <= most_resident())
+
+
+def read_image_set(
+    path: Path, classes: tuple[str, ...], image_size: int | None = None, each: int | None = None
+) -> torch.Tensor:
     """A distilled set that anyone wrote as class folders of images, uint8 (C, k, 3, H, W).
 
     Folders are newCCC or CCC (CCC the class's position), or named as the classes, or as many as there are classes (then
-    in sorted order). Raises InferFastError for a missing class, unequal numbers of images, or what doesn't decode.
+    in sorted order). each: take the first so many files of every class, in sorted order (None: all, which must be as
+    many in every class). Raises InferFastError for a missing class, too few images, or what doesn't decode.
     """
     folders = sorted(p for p in path.iterdir() if p.is_dir())
     place = _class_positions([p.name for p in folders], classes)
@@ -211,14 +319,17 @@ def read_image_set(path: Path, classes: tuple[str, ...], image_size: int | None 
             else f"{path} has {len(folders)} class folders for {len(classes)} classes: expected one for each."
         )
     ordered = [folder for _, folder in sorted(zip(place, folders, strict=True))]
-    files = [sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) for folder in ordered]
+    files = [image_files(folder)[:each] for folder in ordered]
     counts = [len(found) for found in files]
+    if each is not None and min(counts) < each:
+        few = ordered[counts.index(min(counts))]
+        raise InferFastError(f"{few} holds {min(counts)} images: {each} of every class are wanted.")
     if min(counts) == 0 or min(counts) != max(counts):
         few, many = ordered[counts.index(min(counts))], ordered[counts.index(max(counts))]
         raise InferFastError(
             f"{few} holds {min(counts)} images and {many} {max(counts)}: every class must have as many, at least 1."
         )
-    images = _decode_all([(str(f), f) for found in files for f in found], image_size)
+    images = decode_all([(str(f), f) for found in files for f in found], image_size)
     return images.view(len(classes), counts[0], *images.shape[1:])
 
 
@@ -231,32 +342,47 @@ def _class_positions(names: list[str], classes: tuple[str, ...]) -> list[int]:
     return list(range(len(names)))
 
 
-def read_tiny_imagenet(path: Path, image_size: int | None = None) -> tuple[Split, Split, tuple[str, ...]]:
+def read_tiny_imagenet(path: Path, reading: Reading) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
     """Tiny-ImageNet as it is published: train/<wnid>/images/*, val/images/* with their wnids in val_annotations.txt.
 
     Class names from words.txt where it is there; else the wnids.
     """
-    wnids = tuple(sorted(p.name for p in (path / "train").iterdir() if p.is_dir())) if (path / "train").is_dir() else ()
+    folders = _class_folders(path / "train") if (path / "train").is_dir() else []
+    wnids = tuple(folder.name for folder in folders)
     if not wnids:
         raise InferFastError(f"{path / 'train'} holds no class folders.")
-    files, labels = [], []
-    for number, line in enumerate((path / "val" / ANNOTATIONS).read_text().splitlines(), start=1):
-        name, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]
-        if wnid not in wnids:
-            raise InferFastError(f"{path / 'val' / ANNOTATIONS} line {number}: {wnid!r} is no class of train/.")
-        files.append(path / "val" / "images" / name)
-        labels.append(wnids.index(wnid))
-    if not files:
-        raise InferFastError(f"{path / 'val' / ANNOTATIONS} names no images.")
-    test = Split(_decode_all([(str(f), f) for f in files], image_size), torch.tensor(labels))
-    return _read_class_folders(path / "train", wnids, image_size), test, _words(path / "words.txt", wnids)
+    annotations = path / "val" / ANNOTATIONS
+    pairs = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+    test = _read_listed(annotations, [(name, (*rest, "")[0]) for name, *rest in pairs], path / "val" / "images", wnids,
+                        reading)  # fmt: skip
+    return _read_class_folders(folders, path / "train", reading), test, _words(path, wnids)
+
+
+def _read_solution(csv: Path, folder: Path, wnids: tuple[str, ...], reading: Reading) -> AnySplit:
+    """ImageNet's validation images in one folder, with their wnids in a table "ImageId,PredictionString"."""
+    pairs = [line.partition(",") for line in csv.read_text().splitlines()[1:]]
+    return _read_listed(csv, [(f"{name}.JPEG", rest.split(" ")[0]) for name, _, rest in pairs], folder, wnids, reading)
+
+
+def _read_listed(
+    source: Path, pairs: list[tuple[str, str]], folder: Path, wnids: tuple[str, ...], reading: Reading
+) -> AnySplit:
+    """Test images that a list names with their classes: (file name, wnid), a line each."""
+    place = {wnid: label for label, wnid in enumerate(wnids)}
+    for number, (name, wnid) in enumerate(pairs, start=1):
+        if wnid not in place:
+            raise InferFastError(f"{source} entry {number} ({name}): {wnid!r} is no class of train/.")
+    if not pairs:
+        raise InferFastError(f"{source} names no images.")
+    return _split([folder / name for name, _ in pairs], [place[wnid] for _, wnid in pairs], reading, keep=True)
 
 
 def _words(path: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
-    """The first word of each wnid, if the file has them all and they differ."""
-    pairs = [line.partition("\t") for line in path.read_text().splitlines()] if path.is_file() else []
-    words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs}
+    """The first word of each wnid, if Tiny-ImageNet's or ImageNet's list is there, has them all, and they differ."""
+    words = {}
+    for name, separator in (("words.txt", "\t"), ("LOC_synset_mapping.txt", " ")):
+        lines = (path / name).read_text().splitlines() if (path / name).is_file() else []
+        words |= {wnid: names.split(",")[0].strip() for wnid, _, names in (line.partition(separator) for line in lines)}
     named = tuple(words.get(wnid, wnid) for wnid in wnids)
     return named if len(set(named)) == len(wnids) else wnids
 
@@ -301,7 +427,7 @@ def _read_parquet_files(files: list[Path], image_size: int | None) -> tuple[Spli
         names = names or _class_names(table.schema.metadata, label)
     if not items:
         raise InferFastError(f"{_names(files)} hold no images.")
-    return Split(_decode_all(items, image_size), torch.cat(labels)), names
+    return Split(decode_all(items, image_size), torch.cat(labels)), names
 
 
 def _column(file: Path, present: list[str], wanted: tuple[str, ...]) -> str:
@@ -321,47 +447,3 @@ def _class_names(metadata: dict | None, label: str) -> tuple[str, ...] | None:
 
 def _names(files: list[Path]) -> str:
     return ", ".join(f.name for f in files[:4]) + (", ..." if len(files) > 4 else "") or "none"
-
-
-def _decode_all(items: list[tuple[str, Path | bytes]], image_size: int | None) -> torch.Tensor:
-    """Decodes named files or byte strings into one uint8 tensor (N, 3, H, W), on all cores."""
-    first = _decode(*items[0], image_size)
-    images = np.empty((len(items), *first.shape), np.uint8)
-
-    def place(position: int) -> None:
-        name, source = items[position]
-        pixels = _decode(name, source, image_size)
-        if pixels.shape != first.shape:
-            raise InferFastError(
-                f"{name} is {_pixels(pixels)} where {items[0][0]} is {_pixels(first)}: "
-                "all images must have one size (--image-size N brings them to NxN)."
-            )
-        images[position] = pixels
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(place, range(len(items)), chunksize=256):
-            pass
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def _pixels(image: np.ndarray) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
-
-
-def _decode(name: str, source: Path | bytes, image_size: int | None) -> np.ndarray:
-    """One image as uint8 (H, W, 3)."""
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            rgb = image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds; each means this image can't be read
-        raise InferFastError(f"{name} does not decode as an image ({error}): repair or remove it.") from error
-    if image_size is not None:
-        rgb = _resize_and_crop(rgb, image_size)
-    return np.asarray(rgb)
-
-
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
-    width, height = (max(size, round(n * scale)) for n in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))

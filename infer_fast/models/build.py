@@ -9,6 +9,7 @@ from infer_fast.errors import InferFastError
 from infer_fast.models import cifar
 from infer_fast.models.convnet import CONVNET_128, SHAPES, ConvNet, ConvNet128
 
+ALIASES = {"mobilenetV2": "mobilenetv2", "efficientnet": "efficientnet_b0", "shufflenet": "shufflenet_g2"}  # INFER's
 SMALL_IMAGE = 64  # up to this size networks take their CIFAR form (ResNets: 3x3 stride-1 stem, no max-pool)
 
 
@@ -26,6 +27,7 @@ def build(name: str, classes: int, size: tuple[int, int], *, seed: int | None = 
 
 
 def _build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
+    name = ALIASES.get(name, name)
     if name in SHAPES:
         _check_halvings(name, SHAPES[name].depth, size)
         return ConvNet(SHAPES[name], classes)

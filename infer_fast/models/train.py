@@ -53,7 +53,7 @@ def at_precision(device: torch.device, precision: str) -> Iterator[None]:
 class Schedule:
     """The optimiser and its schedule: `updates` steps, the rate changed once per `updates_per_epoch`.
 
-    kind: cosine (to 0), step (times gamma every step_size epochs) or exponential (times gamma every epoch).
+    kind: cosine or linear (to 0), step (times gamma every step_size epochs) or exponential (times gamma every epoch).
     warm_up: epochs before that, in which the rate rises linearly from warm_up_from times lr to lr, or stays there
     (warm_up_kind constant).
     """
@@ -82,6 +82,8 @@ class Schedule:
         if self.kind == "exponential":
             return self.lr * self.gamma**after
         epochs = max(1, -(-self.updates // self.updates_per_epoch) - self.warm_up)
+        if self.kind == "linear":
+            return self.lr * (1 - after / epochs)
         return self.lr * (1 + math.cos(math.pi * after / epochs)) / 2
 
 

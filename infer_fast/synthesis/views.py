@@ -7,14 +7,13 @@ for all, one circular shift by (a, b) pixels, each uniform in 0..jitter inclusiv
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from infer_fast.recipes import CROP_AREA, CROP_RATIO
+from infer_fast.data.crops import draw_crops
 
 CROPPED_FROM = 64  # pixels of the shorter side
 
@@ -84,24 +83,9 @@ def draw_views(
     crops, flips = [], []
     for index in indices:
         generator = task_generator(seed, teacher, index, "crops")
-        crops.append(torch.stack([draw_crop(size, generator) for _ in range(iterations)]))
+        crops.append(draw_crops(iterations, size, generator))
         flips.append(torch.rand(iterations, generator=generator) < 0.5)
     return Views(shift, torch.stack(crops, dim=1), torch.stack(flips, dim=1))
-
-
-def draw_crop(size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """A random resized crop of an image of `size`: int64 (4,), top, left, height and width."""
-    height, width = size
-    for _ in range(10):
-        share, ratio, down, across = torch.rand(4, generator=generator).tolist()
-        area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * share)
-        aspect = math.exp(math.log(CROP_RATIO[0]) + (math.log(CROP_RATIO[1]) - math.log(CROP_RATIO[0])) * ratio)
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return torch.tensor([int(down * (height - h + 1)), int(across * (width - w + 1)), h, w])
-    # The largest that is allowed.
-    w, h = min(width, round(height * CROP_RATIO[1])), min(height, round(width / CROP_RATIO[0]))
-    return torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
 
 
 def apply_view(x: torch.Tensor, view: View) -> torch.Tensor:

@@ -1,0 +1,201 @@
+"""What students are asked to judge: a distilled set of ours, or class folders of images that anyone wrote."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from tyro.conf import arg
+
+from infer_fast import cli
+from infer_fast.data.distilled import TENSORS, DistilledSet, load
+from infer_fast.data.images import ImageDataset
+from infer_fast.data.sources import canonical_name, load_dataset, read_image_set
+from infer_fast.errors import InferFastError, InferFastWarning
+from infer_fast.recipes import IMAGENET_WEIGHTS, Recipe, SqueezeSettings, StudentSettings, base_images_per_class
+from infer_fast.relabel import relabel, teachers_of
+from infer_fast.squeeze import Teacher, squeeze
+
+Compare = Literal["none", "random", "all"]
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """Flags of python -m infer_fast.validate."""
+
+    syn_data_path: Annotated[Path, arg(aliases=["--train-dir"])]
+    """the distilled set's folder, or class folders of images that anyone wrote (newCCC, or named as the classes)"""
+    dataset: str | None = None
+    """the real dataset's name; None: the one the set was distilled from (class folders of images need it)"""
+    arch_name: Annotated[tuple[str, ...], arg(aliases=["--teacher-model"])] = ()
+    """teachers that label; of a set of ours: some of its own (none named: all of them)"""
+    arch_path: tuple[Path, ...] = ()
+    """their checkpoints, one for each"""
+    arch_weights: str | None = None
+    """torchvision's weights for them in place of checkpoints (ImageNet: IMAGENET1K_V1 unless said otherwise)"""
+    data_path: Path | None = None
+    """the real dataset's folder (the test images, and what is compared)"""
+    val_dir: Path | None = None
+    """class folders of test images, in place of the dataset's own"""
+    image_size: int | None = None
+    """resize and centre-crop files to this many pixels squared"""
+    ipc: int | None = None
+    """images per class of the budget: judge the part of the set that it holds; None: the whole set"""
+    M: int | None = None
+    """teachers whose compensators are judged, the first M (class folders: each class has k*(M+1) images of --ipc)"""
+    seeds: int = 3
+    """independent students per row"""
+    compare: Compare = "random"
+    """rows beside the distilled set's: none; random real images of the same bytes; all (and the whole dataset)"""
+    resume: Annotated[bool, arg(aliases=["-r"])] = True
+    """take the students that are finished from students.json; --no-resume: train them all again"""
+    check_ckpt: Path | None = None
+    """print the accuracy and epoch that a checkpoint says it has, and stop"""
+    wandb_name: str | None = None
+    """also log the table to Weights & Biases, as a run of this name (needs the package wandb)"""
+    wandb_project: str = "infer_fast"
+    """the project of that run"""
+    wandb_api_key: str | None = None
+    """the key to log in with; None: as wandb is logged in"""
+    tsne: bool = False
+    """also draw t-SNE of a student's features, distilled-trained beside random-trained: tsne.png"""
+    output_dir: Path | None = None
+    """where table.md and students.json go; None: the distilled set's folder"""
+    student: Annotated[StudentSettings, arg(name="")] = field(default_factory=StudentSettings)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A distilled set, the dataset it stands for (on the device), its teachers; ipc and the first student's seed.
+
+    compare: what it can be compared with; folder: where labels of every crop are kept.
+    """
+
+    distilled: DistilledSet
+    dataset: ImageDataset
+    teachers: list[Teacher]
+    ipc: int
+    seed: int
+    compare: Compare
+    folder: Path
+
+
+def what_is_judged(options: ValidateOptions, recipe: Recipe) -> Judged:
+    """The set that the options name, labelled; recipe: of a set of ours.
+
+    Raises InferFastError for a folder that holds neither kind of set, another dataset, or teachers that don't fit.
+    """
+    folder = options.syn_data_path
+    others = folder.is_dir() and not (folder / TENSORS).exists() and any(p.is_dir() for p in folder.iterdir())
+    judged = _images_of_others(options) if others else _our_set(options, recipe)
+    if len(judged.dataset.train) == 0 and judged.compare != "none":
+        warnings.warn(
+            "There are no training images (--data-path gives them): the set is compared with nothing.",
+            InferFastWarning,
+            stacklevel=2,
+        )
+        return replace(judged, compare="none")
+    return judged
+
+
+def _our_set(options: ValidateOptions, recipe: Recipe) -> Judged:
+    folder = options.syn_data_path
+    whole = load(folder)
+    data = whole.card["dataset"]
+    data_path = options.data_path or (Path(data["data_path"]) if data.get("data_path") else None)
+    image_size = options.image_size or data.get("image_size")
+    dataset = load_dataset(options.dataset or data["name"], data_path, image_size=image_size, val_path=options.val_dir)
+    if options.val_dir is None and dataset.fingerprint != data["fingerprint"]:
+        raise InferFastError(
+            f"{data['name']} is not the dataset this set was distilled from (its fingerprint differs)."
+        )
+    if len(dataset.classes) != len(whole.classes):
+        raise InferFastError(f"{options.val_dir} has {len(dataset.classes)} classes, this set {len(whole.classes)}.")
+    dataset = replace(dataset, mean=whole.mean, std=whole.std).to(cli.device())
+    ipc = options.ipc or recipe.ipc
+    distilled = _part(whole, options)
+    named = bool(options.arch_name)
+    needed = options.compare != "none" or options.tsne or named or set(options.student.labels) & {"dynamic", "fkd"}
+    teachers = _labellers(whole, options, dataset) if needed else []
+    if named:
+        distilled = relabel(distilled, teachers)
+    seed = whole.card["recipe"]["synthesis"]["seed"]
+    return Judged(distilled, dataset, teachers, ipc, seed, options.compare, folder)
+
+
+def _part(whole: DistilledSet, options: ValidateOptions) -> DistilledSet:
+    """What --ipc and --M leave of a set of ours."""
+    had, k = whole.views_per_base - 1, whole.base.shape[1]
+    teachers = had if options.M is None else options.M
+    if not 0 <= teachers <= had:
+        raise InferFastError(f"--M {teachers}: the set has compensators of {had} teachers.")
+    if options.ipc is not None:
+        k = base_images_per_class(options.ipc, teachers, len(whole.classes))
+    if not 0 < k <= whole.base.shape[1]:
+        raise InferFastError(
+            f"--ipc {options.ipc} stands for {k} base images per class, the set has {whole.base.shape[1]}: choose an "
+            "ipc that it holds."
+        )
+    return whole.part(k, teachers)
+
+
+def _labellers(whole: DistilledSet, options: ValidateOptions, dataset: ImageDataset) -> list[Teacher]:
+    """The set's own teachers, those of them that were named, or checkpoints that were given."""
+    if options.arch_path or options.arch_weights:
+        return _given_teachers(options, dataset, options.output_dir or options.syn_data_path)
+    own = teachers_of(whole, options.syn_data_path)
+    unknown = [name for name in options.arch_name if name not in {t.name for t in own}]
+    if unknown:
+        raise InferFastError(
+            f"{unknown[0]} is none of this set's teachers ({', '.join(t.name for t in own)}): name some of them, or "
+            "give its checkpoint with --arch-path."
+        )
+    return [t for t in own if not options.arch_name or t.name in options.arch_name]
+
+
+def _images_of_others(options: ValidateOptions) -> Judged:
+    """Class folders of images, labelled by the given teachers."""
+    folder = options.syn_data_path
+    imagenet = options.dataset is not None and canonical_name(options.dataset) == "imagenet"
+    if imagenet and not options.arch_path and options.arch_weights is None:
+        options = replace(options, arch_weights=IMAGENET_WEIGHTS)
+    given = len(options.arch_name) == len(options.arch_path) or options.arch_weights is not None
+    if options.dataset is None or not options.arch_name or not given:
+        raise InferFastError(
+            f"{folder} holds class folders of images: name the dataset they stand for (--dataset, --data-path) and the "
+            "teachers that label them (--arch-name, and a checkpoint for each with --arch-path)."
+        )
+    dataset = load_dataset(
+        options.dataset, options.data_path, image_size=options.image_size, val_path=options.val_dir
+    ).to(cli.device())
+    each = None
+    if options.ipc is not None:
+        teachers = options.M or 0
+        each = base_images_per_class(options.ipc, teachers, len(dataset.classes)) * (teachers + 1)
+    image_size = options.image_size or (dataset.size[0] if imagenet else None)
+    images = read_image_set(folder, dataset.classes, image_size, each)
+    if tuple(images.shape[-2:]) != dataset.size:
+        raise InferFastError(
+            f"{folder} holds images of {images.shape[-1]}x{images.shape[-2]}, {dataset.name} of "
+            f"{dataset.size[1]}x{dataset.size[0]}: --image-size N brings both to NxN."
+        )
+    kept = options.output_dir or folder.parent
+    labellers = _given_teachers(options, dataset, kept)
+    logits = torch.zeros(len(dataset.classes), images.shape[1], 1, len(dataset.classes), dtype=torch.float16)
+    unlabelled = DistilledSet(images, None, logits, dataset.mean, dataset.std, dataset.classes)
+    ipc = options.ipc or images.shape[1]
+    return Judged(relabel(unlabelled, labellers), dataset, labellers, ipc, 0, options.compare, kept)
+
+
+def _given_teachers(options: ValidateOptions, dataset: ImageDataset, kept: Path) -> list[Teacher]:
+    return squeeze(
+        dataset,
+        options.arch_name,
+        SqueezeSettings(),
+        folder=kept / "teachers",
+        checkpoints=options.arch_path,
+        weights=options.arch_weights,
+    )
