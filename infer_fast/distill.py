@@ -47,7 +47,7 @@ from infer_fast.synthesis.memory import choose_lanes
 from infer_fast.synthesis.plan import Plan, TaskBatch, make_plan
 from infer_fast.synthesis.solver import LOG_EVERY, Solver
 from infer_fast.synthesis.views import task_generator
-from infer_fast.validate import Row, log_to_wandb, table, validate, write_results
+from infer_fast.validate import Row, check_wandb, log_to_wandb, table, validate, write_results
 
 ROOM = "room.json"
 
@@ -108,6 +108,7 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
 
     Raises InferFastError, after saving everything that was finished, for bad input or a task that diverged.
     """
+    check_wandb(options.wandb_name)
     began = time.monotonic()
     dataset = _dataset(options)
     recipe = _with_statistics(first_teachers(options), dataset)

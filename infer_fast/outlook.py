@@ -73,7 +73,8 @@ def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, flo
     for name in plan.teachers:
         network = build(name, plan.classes, plan.size, seed=0).to(device)
         training = seconds_per_image(lambda network=network: network(images))
-        squeezing += training * recipe.squeeze.epochs * len(dataset.train)
+        if recipe.arch_weights is None:
+            squeezing += training * recipe.squeeze.epochs * len(dataset.train)
         matched = MatchedTeacher(network)
         inputs = images.clone().requires_grad_(True)
         matching = seconds_per_image(lambda matched=matched, inputs=inputs: sum(t.sum() for t in matched(inputs)))

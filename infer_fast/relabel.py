@@ -23,6 +23,7 @@ from infer_fast.data.distilled import CARD, DistilledSet, load
 from infer_fast.data.files import write_json
 from infer_fast.data.images import normalise
 from infer_fast.data.loader import Augmentation, Composer, batches, resident_distilled
+from infer_fast.errors import InferFastError
 from infer_fast.models.train import at_precision, predict
 from infer_fast.progress import stage
 from infer_fast.recipes import StudentSettings, student_of
@@ -32,21 +33,34 @@ from infer_fast.squeeze import Teacher, load_teacher
 def relabel(distilled: DistilledSet, teachers: list[Teacher]) -> DistilledSet:
     """The same set with logits float16 (C, k, M+1, C) averaged over `teachers` (INFER, arXiv 2408.06927, section 3.3).
 
-    The labels are those of the instances as stored: after quantisation, as a student will see them.
+    The labels are those of the instances as stored: after quantisation, as a student will see them. Raises
+    InferFastError for a teacher whose logits float16 can't hold.
     """
     on = _device_of(teachers)
     with stage("relabel", len(teachers), "teachers") as running:
         total = torch.zeros(distilled.logits.shape).flatten(0, 2)
         for teacher in teachers:
             logits = predict(teacher.network, lambda p: distilled.instances(p).to(on), len(distilled))
-            total += logits.cpu()
+            total += _checked(logits, teacher.name).cpu()
             running.advance()
     return replace(distilled, logits=(total / len(teachers)).half().view(distilled.logits.shape))
 
 
+def _checked(logits: torch.Tensor, name: str) -> torch.Tensor:
+    largest = logits.abs().max().item()
+    if not largest < torch.finfo(torch.float16).max:
+        raise InferFastError(
+            f"The logits of teacher {name} reach {largest:.3g}, more than float16 holds: it is hardly trained (more "
+            "--squeeze.epochs, or a lower --squeeze.lr)."
+        )
+    return logits
+
+
 def label_images(images: torch.Tensor, mean: tuple, std: tuple, teachers: list[Teacher]) -> torch.Tensor:
     """The teachers' averaged logits float32 (N, C) for real images uint8 (N, 3, H, W), rounded to float16 as stored."""
-    total = sum(predict(t.network, lambda p: normalise(images[p], mean, std), len(images)) for t in teachers)
+    total = sum(
+        _checked(predict(t.network, lambda p: normalise(images[p], mean, std), len(images)), t.name) for t in teachers
+    )
     return (total / len(teachers)).half().float()
 
 

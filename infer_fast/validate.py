@@ -11,6 +11,7 @@ training instances and their labels differ.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import statistics
 import sys
@@ -421,6 +422,7 @@ def _main(args: list[str]) -> None:
     if options.check_ckpt is not None:
         print(recorded(options.check_ckpt))
         return
+    check_wandb(options.wandb_name)
     judged = what_is_judged(options, recipe)
     output = options.output_dir or options.syn_data_path
     if not options.resume:
@@ -453,12 +455,16 @@ def write_results(folder: Path, text: str, rows: list[Row]) -> None:
     write_json(folder / "results.json", {"rows": [asdict(r) for r in rows]})
 
 
+def check_wandb(name: str | None) -> None:
+    """Raises InferFastError if a run of Weights & Biases is asked for and its package is not there: before the work."""
+    if name is not None and importlib.util.find_spec("wandb") is None:
+        raise InferFastError("--wandb-name needs the package wandb: pip install wandb, or leave it out.")
+
+
 def log_to_wandb(rows: list[Row], name: str, project: str = "infer_fast", key: str | None = None) -> None:
-    """Each row's accuracies as one step of a Weights & Biases run. Raises InferFastError without the package."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise InferFastError("--wandb-name needs the package wandb: pip install wandb, or leave it out.") from error
+    """Each row's accuracies as one step of a Weights & Biases run."""
+    import wandb
+
     if key is not None:
         wandb.login(key=key)
     wandb.init(project=project, name=name)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from infer_fast import cli
 from infer_fast.data.images import ImageDataset, Split, image_dataset
 
 # Triton decides at import whether its kernels are compiled or interpreted: without a GPU, they are interpreted here.
@@ -74,6 +77,23 @@ def run_module(tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "teachers").symlink_to(finished[0] / "runs" / "teachers")
     return partial(run_in, tmp_path)
+
+
+@pytest.fixture
+def call_module(run_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    """What run_module does, in this process: for the many runs that need no interpreter of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # what cli.run changes is put back
+
+    def call(module: str, *args: str) -> subprocess.CompletedProcess:
+        capfd.readouterr()
+        try:
+            code = cli.run(importlib.import_module(f"infer_fast.{module}")._main, list(args))
+        except SystemExit as stopped:
+            code = stopped.code
+        return subprocess.CompletedProcess([module, *args], code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture

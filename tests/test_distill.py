@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import infer_fast
 from infer_fast.data.files import read_tensors
@@ -104,21 +107,21 @@ def test_lanes_change_nothing_but_rounding(tmp_path, run_module, small_flags):
         assert (alone - together).norm() / alone.norm() < 1e-4
 
 
-def test_given_base_images_are_kept(tmp_path, run_module, small_flags, generator):
+def test_given_base_images_are_kept(tmp_path, call_module, small_flags, generator):
     (tmp_path / "init").mkdir()
     given = torch.randint(0, 256, (10, 3, 3, 8, 8), generator=generator, dtype=torch.uint8)
     for j in range(3):
         torch.save(given[:, j].clone(), tmp_path / "init" / f"tensor_{j}.pt")
     flags = [*small_flags, "--compare=none", "--init-path=init"]
-    done = run_module("distill", *flags)
+    done = call_module("distill", *flags)
     assert done.returncode == 0, done.stderr
     assert torch.equal(infer_fast.load(tmp_path / "runs" / "digits").base, given)
     torch.save(given[:5, 0].clone(), tmp_path / "init" / "tensor_1.pt")
-    wrong = run_module("distill", *flags)
+    wrong = call_module("distill", *flags)
     assert wrong.returncode == 1 and "tensor_1.pt holds (5, 3, 8, 8), expected a tensor (10, 3, 8, 8)" in wrong.stderr
     (tmp_path / "init" / "tensor_2.pt").unlink()
     (tmp_path / "init" / "tensor_1.pt").write_bytes(b"no tensor")
-    assert "can be loaded safely" in run_module("distill", *flags).stderr
+    assert "can be loaded safely" in call_module("distill", *flags).stderr
 
 
 def test_image_mode_goes_the_whole_way(tmp_path, run_module, small_flags):
@@ -146,6 +149,23 @@ def test_imported_teachers_are_used_and_measured(tmp_path, finished, run_module,
     assert f"test accuracy {card['accuracy']:.2f} %" in done.stderr
 
 
+def test_base_images_can_be_class_folders_and_teachers_the_first_of_those_named(tmp_path, call_module, small_flags):
+    for c in range(10):
+        (tmp_path / "init" / f"{c}").mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((8, 8, 3), 20 * c + i, dtype=np.uint8)).save(
+                tmp_path / "init" / f"{c}" / f"{i}.png"
+            )
+    done = call_module("distill", *small_flags, "--compare=none", "--init-path=init", "--M=1")
+    assert done.returncode == 0, done.stderr
+    distilled = infer_fast.load(tmp_path / "runs" / "digits")
+    assert [t["name"] for t in distilled.card["teachers"]] == ["convnet"]
+    assert (distilled.base[:, :, 0, 0, 0] == 20 * torch.arange(10).view(-1, 1) + torch.arange(3)).all()
+    shutil.rmtree(tmp_path / "init" / "7")
+    missing = call_module("distill", *small_flags, "--compare=none", "--init-path=init", "--M=1")
+    assert missing.returncode == 1 and "9 class folders for 10 classes: none for '7'" in missing.stderr
+
+
 BAD = {
     "unknown recipe": (["nonsense"], 2, "not a recipe"),
     "unknown flag": (["--no-such-flag"], 2, "no-such-flag"),
@@ -157,14 +177,18 @@ BAD = {
     "diverging": (["--lr=1e38"], 1, "The loss became NaN or infinite in teacher convnet, index 0, iteration"),
     "missing checkpoints": (["--arch-path", "a.pth"], 1, "1 checkpoints were given for 2 teachers"),
     "forced backend": (["--backend=triton"], 1, "triton backend was asked for but can't serve"),
+    "more teachers than named": (["--M=3"], 1, "--M 3: there are 2 teachers (convnet, convnet-silu)"),
+    "no wandb": (["--wandb-name=mine"], 1, "--wandb-name needs the package wandb"),
+    "no such weights": (["--arch-weights=V9"], 1, "convnet"),
     "no seeds": (["--seeds=0"], 1, "at least 1 is needed"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_an_exit_code(run_module, small_flags, case):
+def test_bad_input_is_one_sentence_and_an_exit_code(run_module, call_module, small_flags, case):
     flags, code, words = BAD[case]
-    done = run_module("distill", *(flags if case == "unknown recipe" else [*small_flags, *flags]))
+    run = run_module if case == "forced backend" else call_module  # a process of its own, without Triton's interpreter
+    done = run("distill", *(flags if case == "unknown recipe" else [*small_flags, *flags]))
     assert done.returncode == code, done.stderr
     assert words in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
     if code == 1:
@@ -243,3 +267,47 @@ def test_what_a_run_began_with_is_kept_and_can_be_overruled(tmp_path, run_module
     assert "in 5 batches of up to 2 lanes (convnet: 4 images in one pass)" in dry.stdout, dry.stdout
     forced = run_module("distill", *flags, "--dry-run", "--lanes=3")
     assert "in 2 batches of up to 3 lanes\n" in forced.stdout, forced.stdout
+
+
+def jpegs(folder, classes, train, val, size=(70, 90)):
+    """Class folders of JPEG files, of one colour each and noise."""
+    random = np.random.default_rng(0)
+    for c in range(classes):
+        for split, count in (("train", train), ("val", val)):
+            place = folder / split / f"n{c:08d}"
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 60, (*size, 3)) + (37 * c) % 190
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.JPEG")
+
+
+@pytest.mark.parametrize("method, loader", [("infer", "dali"), ("dwa", "torch"), ("sre2l", "torch")])
+def test_imagenet_recipes_go_the_whole_way_from_files(tmp_path, call_module, method, loader):
+    """8 classes of JPEG files through both loaders, 2 iterations, every row of the table."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    jpegs(tmp_path / "data", 8, 4, 2)
+    done = call_module(
+        "distill", f"imagenet-{method}-ipc10", "--data-path=data", "--image-size=64", "--arch-name", "convnet",
+        "--arch-weights=None", "--squeeze.epochs=1", f"--squeeze.loader={loader}", "--squeeze.batch-size=8",
+        f"--student.loader={loader}", "--ipc=2", "--iteration=2", "--student.networks", "convnet128-batchnorm",
+        "--student.epochs=2", "--student.batch-size=8", "--compare=all", "--seeds=1", "--batch-size=8", "--steps=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "runs" / f"imagenet-{method}-ipc10" / "results.json").read_text())["rows"]
+    soft = "soft labels" if method == "infer" else "labels of every crop (FKD)"
+    assert [(r["trained_on"], r["labels"]) for r in rows] == [
+        ("distilled", soft), ("distilled", "hard labels"), ("random real", soft), ("random real", "hard labels"),
+        ("whole dataset", "hard labels"),
+    ]  # fmt: skip
+    assert rows[0]["instances"] == 16 and rows[4]["instances"] == 32
+    assert rows[0]["image_bytes"] <= rows[2]["image_bytes"] == 16 * 3 * 64 * 64
+
+
+def test_a_thousand_classes_of_224_pixels_are_planned_without_decoding_them(tmp_path, call_module):
+    jpegs(tmp_path / "data", 1000, 1, 1, size=(24, 24))
+    done = call_module("distill", "imagenet-infer-ipc10", "--data-path=data", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "1,000 training and 1,000 test images of 224x224, 1000 classes" in done.stdout
+    assert "27 tasks of 2000 iterations" in done.stdout and "1,358,816,580 bytes" in done.stdout
+    assert "squeeze 0.0 min" in done.stdout and not (tmp_path / "runs" / "imagenet-infer-ipc10").exists()

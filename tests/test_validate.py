@@ -5,17 +5,22 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from infer_fast.data.distilled import DistilledSet, load, quantise
 from infer_fast.data.files import read_tensors
+from infer_fast.data.fkd import read_epoch
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
 from infer_fast.models import build
 from infer_fast.recipes import StudentSettings
-from infer_fast.relabel import dynamic_labels
+from infer_fast.relabel import dynamic_labels, record_labels
 from infer_fast.squeeze import Teacher
 from infer_fast.validate import table, validate
 
@@ -98,7 +103,7 @@ def test_dynamic_labels_make_rows_of_their_own_with_fewer_epochs(parts):
 CHANGED = {
     "lr": 2e-3, "lr_scheduler": "steplr", "lr_warmup_epochs": 3, "weight_decay": 0.5, "optimizer": "sgd",
     "temperature": 9.0, "mix_type": "cutmix", "mix_alpha": 0.1, "padding": 2, "flip": True, "batch_size": 5,
-    "epochs": 3,
+    "epochs": 3, "crop": "resized", "cos": False, "momentum": 0.6,
 }  # fmt: skip
 
 
@@ -126,6 +131,49 @@ def test_every_setting_of_a_student_takes_effect(parts, monkeypatch):
         validate(distilled, dataset, teachers, settings, ipc=3, compare="none", seeds=1)
     for i, one in enumerate(ended):
         assert not any(torch.equal(one, other) for other in ended[:i]), variants[i]
+
+
+def test_labels_of_every_crop_are_stored_and_replayed(parts, tmp_path, monkeypatch):
+    """All epochs, the teachers' own labels, nothing labelled twice; stored epochs are found again and added to."""
+    distilled, dataset, teachers = parts
+    settings = replace(STUDENT, epochs=4, labels=("static", "fkd", "dynamic"), mix_type="cutmix", crop="resized")
+    options = {"ipc": 3, "compare": "random", "seeds": 1, "labels_folder": tmp_path}
+    rows = validate(distilled, dataset, teachers, settings, **options)
+    assert [(r.trained_on, r.labels, r.updates) for r in rows] == [
+        (kind, labels, updates)
+        for kind in ("distilled", "random real")
+        for labels, updates in (("soft labels", 8), ("labels of every crop (FKD)", 8), ("dynamic labels", 4))
+    ]
+    (kept,) = (tmp_path / "fkd").iterdir()
+    stored = {path.name: path.read_bytes() for path in kept.iterdir()}
+    assert len(stored) == 4 and rows[1].label_bytes < sum(map(len, stored.values())) < rows[1].label_bytes + 4 * 1000
+    draws = torch.cat([torch.cat([batch[-1] for batch in read_epoch(path, torch.device("cpu"))])
+                       for path in sorted(kept.iterdir())])  # fmt: skip
+    assert draws.shape == (4 * 16, 4)
+
+    (kept / "epoch-0001.safetensors").unlink()
+    again = replace(settings, labels=("fkd",), epochs=5)
+    record_labels(distilled, teachers, again, tmp_path)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()}.items() >= stored.items()
+    assert len(list(kept.iterdir())) == 5
+    monkeypatch.setattr("infer_fast.relabel.dynamic_labels", None)  # nothing is left to label
+    assert record_labels(distilled, teachers, again, tmp_path) == kept
+    for wrong, words in ((replace(again, loader="dali"), "dali draws its own"), (again, "needs a labels_folder")):
+        with pytest.raises(InferFastError, match=words):
+            folder = tmp_path if wrong.loader == "dali" else None
+            validate(distilled, dataset, teachers, wrong, **{**options, "labels_folder": folder})
+
+
+def test_a_part_of_a_set_is_its_first_base_images_and_teachers(parts):
+    distilled, _, _ = parts
+    part = distilled.part(1, 1)
+    assert len(part) == 4 * 2 and part.views_per_base == 2
+    for c in range(4):
+        for view in range(2):
+            (ours, logits, label), (whole, expected, _) = part[c * 2 + view], distilled[c * 4 + view]
+            assert torch.equal(ours, whole) and torch.equal(logits, expected) and label == c
+    bare = distilled.part(2, 0)
+    assert len(bare) == 8 and bare.compensators is None and torch.equal(bare[3][0], distilled[3 * 2][0])
 
 
 def test_dynamic_labels_are_the_teachers_averaged_logits(generator):
@@ -180,6 +228,63 @@ def test_the_command_line_on_a_finished_run(tmp_path, run_module, copied_run):
     broken = run_module("validate", "--syn-data-path", "runs/digits", "--compare=random")
     assert broken.returncode == 1 and "damaged.safetensors is damaged" in broken.stderr
     assert run_module("validate", "--syn-data-path", "nowhere").returncode == 1
+
+
+def test_the_published_flags_of_validation(tmp_path, call_module, copied_run, monkeypatch):
+    """--ipc, --M, --teacher-model, --val-dir, --no-resume, --check-ckpt, --wandb-name, relabel --fkd: each does it."""
+    shared = ["validate", "--syn-data-path", "runs/digits", "--compare=none", "--seeds=1", "--epochs=1"]
+
+    def rows(*flags):
+        done = call_module(*shared, "--output-dir", "out", *flags)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+
+    assert rows()[0]["instances"] == 10 * 3 * 3
+    assert rows("--ipc=2", "--M=1")[0]["instances"] == 10 * 1 * 2
+    assert rows("--M=0")[0]["instances"] == 10 * 3
+    before = (tmp_path / "out" / "students.json").read_text()
+    rows("--M=0")
+    assert (tmp_path / "out" / "students.json").read_text() == before and len(json.loads(before)) == 3
+    rows("--M=0", "--no-resume")
+    assert len(json.loads((tmp_path / "out" / "students.json").read_text())) == 1
+
+    for c in range(10):  # a held-out set of black images: every student gets 1 class of 10 right
+        (tmp_path / "val" / f"c{c}").mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "val" / f"c{c}" / "0.png")
+    assert rows("--val-dir", "val")[0]["last"] == [10.0]
+
+    teacher = json.loads((copied_run / "card.json").read_text())["teachers"][1]
+    one = call_module(*shared, "--output-dir", "out", "--teacher-model", teacher["name"])
+    assert one.returncode == 0 and "relabel: 1/1 teachers" in one.stderr
+    checked = call_module("validate", "--check-ckpt", f"runs/digits/{teacher['path']}").stdout
+    assert f"accuracy {teacher['accuracy']}" in checked and "epoch not recorded" in checked
+
+    said = []
+    wandb = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    for what in ("login", "init", "log", "finish"):
+        setattr(wandb, what, lambda *args, what=what, **named: said.append((what, args, named)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert call_module(*shared, "--wandb-name", "mine", "--wandb-api-key", "secret").returncode == 0
+    assert [what for what, _, _ in said] == ["login", "init", "log", "finish"] and said[0][2] == {"key": "secret"}
+    assert said[1][2] == {"project": "infer_fast", "name": "mine"} and said[2][1][0]["trained_on"] == "distilled"
+
+    stored = call_module("relabel", "--fkd", "--epochs=2")
+    assert stored.returncode == 0 and "2 epochs' labels are in runs/digits/fkd" in stored.stdout
+    (tmp_path / "out" / "students.json").unlink()
+    replayed = call_module(*shared, "--output-dir", "out", "--labels", "fkd")
+    assert replayed.returncode == 0 and "relabel (FKD)" not in replayed.stderr
+    assert "labels of every crop (FKD)" in replayed.stdout
+
+    for flags, words in {
+        ("--ipc=90",): "stands for 75 base images per class, the set has 3",
+        ("--M=3",): "the set has compensators of 2 teachers",
+        ("--teacher-model", "resnet18"): "resnet18 is none of this set's teachers",
+        ("--val-dir", "nowhere"): "nowhere does not exist",
+        ("--check-ckpt", "none.pth"): "none.pth does not exist",
+    }.items():
+        wrong = call_module(*shared, *flags)
+        assert wrong.returncode == 1 and words in wrong.stderr, wrong.stderr
 
 
 def test_modules_run_without_a_warning():

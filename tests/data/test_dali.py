@@ -81,6 +81,35 @@ def test_loaders_draw_crops_and_flips_from_the_same_distribution(generator, load
     assert both.min() > 40, both
 
 
+@pytest.mark.parametrize("loader", ["torch", "fused", "dali"])
+def test_loaders_draw_resized_crops_from_torchvisions_distribution(generator, loader):
+    """A picture of its own rows and columns, seen 1,500 times: where each crop was, against RandomResizedCrop's own."""
+    from torchvision.transforms import RandomResizedCrop
+
+    from infer_fast.data.images import Split
+    from infer_fast.data.loader import resident_split
+
+    rows, columns = torch.meshgrid(torch.arange(48) * 4, torch.arange(64) * 3, indexing="ij")
+    picture = torch.stack([rows, columns, 0 * rows]).to(torch.uint8)
+    split = Split(picture.repeat(100, 1, 1, 1), torch.zeros(100, dtype=torch.int64))
+    own = resident_split(split, 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    how = Augmentation(flip=True, resized=True)
+    stream = made(own, loader, batch_size=100, updates=15, augmentation=how, generator=generator)
+    images = torch.cat([images for images, _ in stream]) * 255
+    down, across = images[:, 0].mean(2) / 4, images[:, 1].mean(1) / 3
+    height, width = (down[:, -4] - down[:, 3]) * 48 / 41, (across[:, -4] - across[:, 3]) * 64 / 57
+    seen = torch.stack([height, width.abs(), down.mean(1) + 0.5, across.mean(1) + 0.5], dim=1)
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(picture, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(1500)]
+    ).float()
+    expected = torch.stack(
+        [theirs[:, 2], theirs[:, 3], theirs[:, 0] + theirs[:, 2] / 2, theirs[:, 1] + theirs[:, 3] / 2], dim=1
+    )
+    assert (width < 0).float().mean().item() == pytest.approx(0.5, abs=0.07)
+    torch.testing.assert_close(seen.mean(0), expected.mean(0), atol=1.5, rtol=0.03)
+    torch.testing.assert_close(seen.std(0), expected.std(0), atol=1.2, rtol=0.05)
+
+
 @pytest.fixture
 def folder(tmp_path, generator):
     """3 classes of 5 files: JPEG, PNG, grey JPEG, CMYK JPEG, and one with transparency; each of one colour."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from infer_fast.data.images import FileSplit, Split
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 
@@ -214,3 +215,58 @@ def test_real_cifar100_parquet():
     assert data.train.images.shape == (50_000, 3, 32, 32) and len(data.test) == 10_000
     assert data.mean == pytest.approx((0.5071, 0.4865, 0.4409), abs=1e-3)
     assert torch.bincount(data.train.labels).tolist() == [500] * 100 and data.classes[0] == "apple"
+
+
+def test_imagenet_stays_on_the_disk_and_is_read_as_it_comes(generator, tmp_path):
+    """Class folders, then a flat val/ with its table of classes: 224x224 of a shorter side of 256, known statistics."""
+    stored = write_folder(tmp_path, generator, size=300)
+    data = load_dataset("ImageNet-1K", tmp_path)
+    assert data.name == "imagenet" and data.size == (224, 224) and data.mean == (0.485, 0.456, 0.406)
+    assert isinstance(data.train, FileSplit) and isinstance(data.test, FileSplit)
+    assert not data.train.keep and data.test.keep and data.train.nbytes == 8 * 3 * 224 * 224
+    expected = Image.fromarray(stored["train"][0][0]).resize((256, 256), Image.Resampling.BILINEAR)
+    expected = np.asarray(expected.crop((16, 16, 240, 240)))
+    first = int([path.name for path in data.train.files].index("0.png"))
+    assert np.array_equal(data.train.at(torch.tensor(first)).permute(1, 2, 0).numpy(), expected)
+    fingerprint = data.fingerprint
+    assert load_dataset("imagenet", tmp_path).to(torch.device("cpu")).fingerprint == fingerprint
+    assert load_dataset("imagenet", tmp_path, image_size=64).fingerprint != fingerprint
+
+    lines = ["ImageId,PredictionString"]
+    for path in sorted((tmp_path / "val").glob("*/*.png")):
+        Image.open(path).save(tmp_path / "val" / f"x{path.stem}.JPEG")
+        lines.append(f"x{path.stem},{path.parent.name} 1 2 3 4")
+        path.unlink()
+    for name in ("cat", "dog"):
+        (tmp_path / "val" / name).rmdir()
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("cat tabby, tabby cat\ndog beagle\n")
+    flat = load_dataset("imagenet", tmp_path)
+    assert flat.classes == ("tabby", "beagle") and flat.test.labels.tolist() == data.test.labels.tolist()
+
+
+def test_folders_too_large_for_the_memory_stay_on_the_disk(generator, tmp_path, monkeypatch):
+    write_folder(tmp_path, generator)
+    resident = load_dataset("mine", tmp_path)
+    monkeypatch.setattr("infer_fast.data.sources.most_resident", lambda: 700)  # of 8 x 108 bytes
+    large = load_dataset("mine", tmp_path)
+    assert isinstance(large.train, FileSplit) and isinstance(large.test, Split)
+    assert torch.equal(large.train.at(torch.arange(8)), resident.train.images)
+    assert (large.mean, large.std, large.classes) == (resident.mean, resident.std, resident.classes)
+    Image.new("RGB", (8, 6)).save(sorted((tmp_path / "train" / "cat").iterdir())[0])
+    with pytest.raises(InferFastError, match="8 images of 8x6 stay on the disk.*--image-size"):
+        load_dataset("mine", tmp_path)
+
+
+def test_test_images_can_lie_elsewhere(generator, tmp_path):
+    write_folder(tmp_path / "a", generator)
+    other = write_folder(tmp_path / "b", generator)["val"][0]
+    data = load_dataset("mine", tmp_path / "a", val_path=tmp_path / "b" / "val")
+    assert len(data.train) == 8 and len(data.test) == 4
+    found = sorted(data.test.images.sum((1, 2, 3)).tolist())
+    assert found == sorted(int(image.sum()) for image in other)
+    alone = load_dataset("mine", val_path=tmp_path / "b" / "val")
+    assert len(alone.train) == 0 and alone.classes == ("cat", "dog") and alone.size == (6, 6)
+    (tmp_path / "b" / "val" / "cow").mkdir()
+    with pytest.raises(InferFastError, match="class 'cow' that is none of the 2"):
+        load_dataset("mine", tmp_path / "a", val_path=tmp_path / "b" / "val")

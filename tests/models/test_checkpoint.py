@@ -1,6 +1,7 @@
 """Checkpoints of others: every usual wrapping loads, everything else is one clear error."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from safetensors.torch import save_file
 
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
-from infer_fast.models.checkpoint import load_checkpoint
+from infer_fast.models.checkpoint import load_checkpoint, load_pretrained, recorded
+
+from .published import NETWORKS, Weights
 
 
 def saved(path, value):
@@ -81,3 +84,57 @@ def test_damaged_files_are_errors(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InferFastError, match=name):
             load_checkpoint(build("convnet", 4, (8, 8)), tmp_path / name)
+
+
+def key_lists():
+    """{network: ["name shape", ...]} of the public checkpoints for 100 classes, from the list that is kept beside."""
+    lists, lines = {}, (Path(__file__).parent / "published_keys.txt").read_text().splitlines()
+    for line in lines:
+        if line.startswith("# "):
+            lists[line[2:]] = own = []
+        else:
+            own.append(line)
+    return lists
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_public_checkpoints_load_without_renaming_and_give_the_same_logits(generator, tmp_path, name):
+    """A checkpoint in the authors' wrapping, made by a module that was written apart from ours."""
+    weights, images = Weights(generator), torch.randn(2, 3, 32, 32, generator=generator)
+    expected = NETWORKS[name](weights, images, 100)
+    assert sorted(f"{k} {list(v.shape)}" for k, v in weights.state.items()) == sorted(key_lists()[name])
+    published = {"state_dict": {f"module.{k}": v for k, v in weights.state.items()}, "acc": 77.5, "epoch": 199}
+    network = build(name, 100, (32, 32))
+    load_checkpoint(network, saved(tmp_path / "ckpt.pth", published))
+    with torch.no_grad():
+        logits = network.eval()(images)
+    torch.testing.assert_close(logits, expected, atol=2e-4 * expected.abs().max().item(), rtol=1e-4)
+    assert recorded(tmp_path / "ckpt.pth").endswith("accuracy 77.5, epoch 199")
+
+
+def test_the_published_scripts_names_of_networks_are_known():
+    for theirs, ours in {"mobilenetV2": "mobilenetv2", "efficientnet": "efficientnet_b0", "shufflenet": "shufflenet_g2"
+                         }.items():  # fmt: skip
+        assert type(build(theirs, 10, (32, 32))) is type(build(ours, 10, (32, 32)))
+
+
+def test_torchvisions_weights_are_taken_from_the_hub(tmp_path, monkeypatch):
+    """From the hub's folder, where a file of the published name lies; then not there, and asked for wrongly."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    source = build("resnet18", 1000, (224, 224), seed=1)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(source.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    target = build("resnet18", 1000, (224, 224), seed=2)
+    load_pretrained(target, "resnet18", "IMAGENET1K_V1")
+    assert torch.equal(source.fc.weight, target.fc.weight)
+    with pytest.raises(InferFastError, match=r"fc.weight is \(1000, 512\), expected \(8, 512\)"):
+        load_pretrained(build("resnet18", 8, (224, 224)), "resnet18", "IMAGENET1K_V1")
+    with pytest.raises(InferFastError, match="IMAGENET1K_V9 is not published: choose one of IMAGENET1K_V1"):
+        load_pretrained(target, "resnet18", "IMAGENET1K_V9")
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    with pytest.raises(InferFastError, match="could not be fetched .no network.: check the network"):
+        load_pretrained(target, "resnet18", "IMAGENET1K_V1")

@@ -349,3 +349,25 @@ def test_arguments_that_do_not_fit_are_errors(generator):
         solve(nn.Flatten(), base, settings=SETTINGS)
     with pytest.raises(InferFastError, match="targets"):
         solve(network, base, settings=SETTINGS, targets=torch.arange(3))
+
+
+CHANGED = {
+    "iterations": 5, "lr": 0.2, "r_bn": 0.1, "r_var": 1.0, "first_bn_multiplier": 3.0, "jitter": 0, "steps": 2,
+    "seed": 4, "skip_bn": (1,), "optimise": "images", "tv_l2": 0.1, "l2_scale": 0.1,
+}  # fmt: skip
+
+
+def test_every_setting_of_a_synthesis_takes_effect(generator):
+    """A task ends with another tensor for each setting that is changed, those of image mode and DWA included."""
+    network, base = teacher_and_base(generator, lanes=1)
+    plain = replace(SETTINGS, iterations=4)
+    images, adjusted = replace(plain, optimise="images"), replace(plain, steps=2)
+    variants = [plain, *(replace(plain, **{name: value}) for name, value in CHANGED.items())]
+    variants += [
+        replace(adjusted, rho=0.5),
+        replace(images, mean=(0.4, 0.4, 0.4)),
+        replace(images, std=(0.1, 0.1, 0.1)),
+    ]
+    ends = [solve(network, base, settings=settings) for settings in variants]
+    for i, one in enumerate(ends):
+        assert not any(torch.equal(one, other) for other in ends[:i]), variants[i]
