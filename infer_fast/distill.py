@@ -326,7 +326,8 @@ def assemble(
 def find_room(options: DistillOptions, recipe: Recipe, dataset: ImageDataset, folder: Path) -> Room:
     """The lanes and chunks of each teacher: what was asked for, else what this run began with, else what fits now."""
     device, names = cli.device(), list(recipe.arch_name)
-    images, settings = min(recipe.synthesis.batch_size, len(dataset.classes)), recipe.synthesis
+    settings, classes = recipe.synthesis, len(dataset.classes)
+    images = classes if settings.optimise == "compensator" else min(settings.batch_size, classes)
     made_for = [names, images, list(dataset.size), recipe.ipc, settings.optimise, options.precision, device.type]
     path = folder / ROOM
     if options.lanes is not None:
@@ -341,6 +342,8 @@ def find_room(options: DistillOptions, recipe: Recipe, dataset: ImageDataset, fo
         lanes, chunks = (list(each) for each in zip(*found, strict=True))
     if options.chunk is not None:
         chunks = [options.chunk] * len(names)
+    elif 0 < settings.batch_size < images:  # a compensator is shared by all classes: these are the images of one pass
+        chunks = [min(chunk or images, settings.batch_size) for chunk in chunks]
     return Room(lanes, chunks, made_for)
 
 

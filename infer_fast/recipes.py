@@ -55,7 +55,8 @@ class SynthesisSettings:
     iterations: Annotated[int, arg(name="iteration")] = 1000
     """Adam iterations per task"""
     batch_size: int = 100
-    """images of one task's batch; a compensator needs all classes in it, images are split into batches of this size"""
+    """images of one task's batch; a compensator is matched on all classes as one batch whatever this is, in passes of
+    so many images"""
     lr: float = 0.25
     """initial learning rate of Adam (normalised pixels), cosine to 0"""
     r_bn: float = 1.0

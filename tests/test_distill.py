@@ -49,11 +49,11 @@ def test_the_file_weighs_what_the_card_says(finished):
     assert 0 < overhead < 1000  # safetensors' header alone
 
 
-def test_running_again_keeps_the_bytes_and_does_no_work(finished, copied_run, run_module, small_flags):
+def test_running_again_keeps_the_bytes_and_does_no_work(finished, copied_run, call_module, small_flags):
     path = copied_run / "distilled.safetensors"
     before = path.read_bytes()
     path.unlink()
-    again = run_module("distill", *small_flags)
+    again = call_module("distill", *small_flags)
     assert again.returncode == 0 and path.read_bytes() == before
     assert "squeeze" not in again.stderr
     first, second = (
@@ -83,22 +83,22 @@ def test_killed_in_the_middle_of_synthesis_and_run_again_gives_the_same_bytes(tm
     assert (killed / "distilled.safetensors").read_bytes() == (whole / "distilled.safetensors").read_bytes()
 
 
-def test_ranges_of_tasks_together_equal_one_run(tmp_path, run_module, small_flags):
+def test_ranges_of_tasks_together_equal_one_run(tmp_path, call_module, small_flags):
     flags = [f.replace("--lanes=2", "--lanes=1") for f in small_flags]
-    whole = run_module("distill", *flags, "--compare=none", "--exp-name=whole")
-    first = run_module("distill", *flags, "--compare=none", "--exp-name=parts", "--ipc-start=0", "--ipc-end=2")
+    whole = call_module("distill", *flags, "--compare=none", "--exp-name=whole")
+    first = call_module("distill", *flags, "--compare=none", "--exp-name=parts", "--ipc-start=0", "--ipc-end=2")
     assert first.returncode == 0 and "Tasks 0..1 are solved" in first.stdout, first.stderr
     assert not (tmp_path / "runs" / "parts" / "distilled.safetensors").exists()
-    second = run_module("distill", *flags, "--compare=none", "--exp-name=parts", "--ipc-start=2")
+    second = call_module("distill", *flags, "--compare=none", "--exp-name=parts", "--ipc-start=2")
     assert (whole.returncode, second.returncode) == (0, 0)
     one, two = (tmp_path / "runs" / n / "distilled.safetensors" for n in ("whole", "parts"))
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_lanes_change_nothing_but_rounding(tmp_path, run_module, small_flags):
+def test_lanes_change_nothing_but_rounding(tmp_path, call_module, small_flags):
     for lanes in (1, 3):
         flags = [f"--lanes={lanes}" if f.startswith("--lanes") else f for f in small_flags]
-        assert run_module("distill", *flags, "--compare=none", f"--exp-name={lanes}").returncode == 0
+        assert call_module("distill", *flags, "--compare=none", f"--exp-name={lanes}").returncode == 0
     tasks = [sorted((tmp_path / "runs" / str(n)).rglob("tasks/*/*.safetensors")) for n in (1, 3)]
     assert len(tasks[0]) == len(tasks[1]) == 6
     for one, three in zip(*tasks, strict=True):
@@ -124,9 +124,9 @@ def test_given_base_images_are_kept(tmp_path, call_module, small_flags, generato
     assert "can be loaded safely" in call_module("distill", *flags).stderr
 
 
-def test_image_mode_goes_the_whole_way(tmp_path, run_module, small_flags):
+def test_image_mode_goes_the_whole_way(tmp_path, call_module, small_flags):
     """SRe2L's point (images, from noise) with DWA's adjusted weights: nothing but flags."""
-    done = run_module(
+    done = call_module(
         "distill", *small_flags, "--optimise=images", "--start=noise", "--steps=2", "--batch-size=7", "--compare=none",
         "--store-best-images",
     )  # fmt: skip
@@ -136,14 +136,14 @@ def test_image_mode_goes_the_whole_way(tmp_path, run_module, small_flags):
     assert distilled.compensators is None and distilled.base.shape == (10, 4, 3, 8, 8) and len(distilled) == 40
 
 
-def test_imported_teachers_are_used_and_measured(tmp_path, finished, run_module, small_flags):
+def test_imported_teachers_are_used_and_measured(tmp_path, finished, call_module, small_flags):
     """A checkpoint of a trained teacher, wrapped as others wrap it, gives back the accuracy it was trained to."""
     cards = json.loads((finished[0] / "runs" / "digits" / "card.json").read_text())["teachers"]
     trained = finished[0] / "runs" / "digits" / cards[0]["path"]
     state, card = read_tensors(trained)
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "t.pth")
     flags = ["--arch-name", "convnet", "--arch-path", "t.pth", "--compare=none"]
-    done = run_module("distill", *small_flags, *flags)
+    done = call_module("distill", *small_flags, *flags)
     assert done.returncode == 0, done.stderr
     assert "import convnet: 1/1 checkpoint" in done.stderr
     assert f"test accuracy {card['accuracy']:.2f} %" in done.stderr
@@ -200,7 +200,7 @@ def test_debug_shows_the_traceback(run_module, small_flags):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
-def test_a_diverging_batch_loses_none_of_the_others(tmp_path, run_module, small_flags, generator):
+def test_a_diverging_batch_loses_none_of_the_others(tmp_path, call_module, small_flags, generator):
     """Teacher 1 can't be matched (its statistics are infinite); all of teacher 0's tasks are saved all the same."""
     from infer_fast.models import build
 
@@ -209,14 +209,14 @@ def test_a_diverging_batch_loses_none_of_the_others(tmp_path, run_module, small_
         if name == "convnet-silu":
             state["stages.0.1.running_mean"].fill_(float("inf"))
         torch.save(state, tmp_path / f"{name}.pth")
-    done = run_module("distill", *small_flags, "--arch-path", "convnet.pth", "convnet-silu.pth", "--compare=none")
+    done = call_module("distill", *small_flags, "--arch-path", "convnet.pth", "convnet-silu.pth", "--compare=none")
     assert done.returncode == 1 and "teacher convnet-silu, index 2, iteration 0" in done.stderr
     tasks = {p.name for p in (tmp_path / "runs" / "digits" / "tasks").glob("*/*")}
     assert tasks == {f"0-convnet-000{j}.safetensors" for j in range(3)}
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_module):
-    done = run_module("distill", "--dry-run")
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, call_module):
+    done = call_module("distill", "--dry-run")
     assert done.returncode == 0, done.stderr
     for words in ("28 tasks", "k = 7", "19,152 bytes of a budget of 19,200", "estimate"):
         assert words in done.stdout
@@ -255,18 +255,20 @@ def test_the_list_names_every_recipe_with_its_tasks_and_bytes(run_module):
     assert lines["cifar100-infer-ipc10"][3:8] == ["36", "1000", "9", "2,875,824", "900,000"]
 
 
-def test_what_a_run_began_with_is_kept_and_can_be_overruled(tmp_path, run_module, small_flags):
+def test_what_a_run_began_with_is_kept_and_can_be_overruled(tmp_path, call_module, small_flags):
     flags = [f for f in small_flags if not f.startswith("--lanes")]
-    done = run_module("distill", *flags, "--compare=none")
+    done = call_module("distill", *flags, "--compare=none")
     assert done.returncode == 0, done.stderr
     room = tmp_path / "runs" / "digits" / "room.json"
     written = json.loads(room.read_text())
     assert written["lanes"] == [3, 3] or all(n >= 3 for n in written["lanes"])
     room.write_text(json.dumps({**written, "lanes": [1, 2], "chunks": [4, None]}))
-    dry = run_module("distill", *flags, "--dry-run")
+    dry = call_module("distill", *flags, "--dry-run")
     assert "in 5 batches of up to 2 lanes (convnet: 4 images in one pass)" in dry.stdout, dry.stdout
-    forced = run_module("distill", *flags, "--dry-run", "--lanes=3")
+    forced = call_module("distill", *flags, "--dry-run", "--lanes=3")
     assert "in 2 batches of up to 3 lanes\n" in forced.stdout, forced.stdout
+    small = call_module("distill", *flags, "--dry-run", "--lanes=3", "--batch-size=6")
+    assert "3 lanes (convnet: 6 images in one pass, convnet-silu: 6 images in one pass)" in small.stdout, small.stdout
 
 
 def jpegs(folder, classes, train, val, size=(70, 90)):

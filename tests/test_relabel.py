@@ -33,13 +33,13 @@ def test_real_images_get_the_same_kind_of_label(tiny_dataset):
     assert logits.shape == (24, 4) and torch.equal(logits, logits.half().float())
 
 
-def test_command_line_restores_labels(run_module, copied_run):
+def test_command_line_restores_labels(call_module, copied_run):
     folder = copied_run
     before = (folder / "distilled.safetensors").read_bytes()
-    assert "same labels as before" in run_module("relabel").stdout
+    assert "same labels as before" in call_module("relabel").stdout
     assert (folder / "distilled.safetensors").read_bytes() == before
     distilled = infer_fast.load(folder)
     distilled.logits.zero_()
     distilled.save(folder)
-    assert "labels changed" in run_module("relabel").stdout
+    assert "labels changed" in call_module("relabel").stdout
     assert (folder / "distilled.safetensors").read_bytes() == before

@@ -60,6 +60,6 @@ def test_a_changed_teacher_file_is_noticed(tiny_dataset, tmp_path):
         load_teacher("convnet", teacher.path, 5, (8, 8))
 
 
-def test_command_line(run_module):
-    done = run_module("squeeze", "--arch-name", "convnet", "--epochs", "1")
+def test_command_line(call_module):
+    done = call_module("squeeze", "--arch-name", "convnet", "--epochs", "1")
     assert done.returncode == 0 and "convnet: test accuracy" in done.stdout, done.stderr

@@ -296,7 +296,7 @@ def test_modules_run_without_a_warning():
         assert done.returncode == 0, done.stderr
 
 
-def test_folders_of_images_made_by_anyone_are_labelled_and_judged(tmp_path, run_module, copied_run, finished):
+def test_folders_of_images_made_by_anyone_are_labelled_and_judged(tmp_path, call_module, copied_run, finished):
     """Our own export, read back as if it were another's, with a teacher from a checkpoint; then broken three ways."""
     card = json.loads((copied_run / "card.json").read_text())["teachers"][0]
     state, _ = read_tensors(finished[0] / "runs" / "digits" / card["path"])
@@ -304,16 +304,16 @@ def test_folders_of_images_made_by_anyone_are_labelled_and_judged(tmp_path, run_
     export(load(copied_run), tmp_path / "others", "png")
     flags = ["--dataset", "digits", "--arch-name", card["name"], "--arch-path", "t.pth", "--epochs=1", "--seeds=1"]
     flags += ["--networks", "convnet", "--padding=1", "--output-dir", "out"]
-    done = run_module("validate", "--syn-data-path", "others", *flags)
+    done = call_module("validate", "--syn-data-path", "others", *flags)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [(r["trained_on"], r["instances"]) for r in rows] == [("distilled", 90), ("random real", 90)]
 
-    unnamed = run_module("validate", "--syn-data-path", "others")
+    unnamed = call_module("validate", "--syn-data-path", "others")
     assert unnamed.returncode == 1 and "name the dataset they stand for" in unnamed.stderr
     next((tmp_path / "others" / "new003").iterdir()).unlink()
-    uneven = run_module("validate", "--syn-data-path", "others", *flags)
+    uneven = call_module("validate", "--syn-data-path", "others", *flags)
     assert uneven.returncode == 1 and "new003 holds 8 images and" in uneven.stderr
     shutil.rmtree(tmp_path / "others" / "new003")
-    missing = run_module("validate", "--syn-data-path", "others", *flags)
+    missing = call_module("validate", "--syn-data-path", "others", *flags)
     assert missing.returncode == 1 and "9 class folders for 10 classes: none for '3'" in missing.stderr

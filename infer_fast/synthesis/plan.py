@@ -74,7 +74,7 @@ def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | 
     """The plan of `recipe` for a dataset of `classes` classes and images of `size`.
 
     lanes: tasks per batch, for all teachers or for each.
-    Raises InferFastError when ipc is too small for one base image per class, or a batch for all classes.
+    Raises InferFastError when ipc is too small for one base image per class.
     """
     settings = recipe.synthesis
     if recipe.ipc < 1:
@@ -88,12 +88,7 @@ def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | 
         k, teachers, chunk = recipe.ipc, range(1), settings.batch_size
     else:
         k, teachers, chunk = _base_images(recipe, classes, size), range(len(recipe.arch_name)), classes
-        if settings.batch_size < classes:
-            raise InferFastError(
-                f"batch size {settings.batch_size} is too small for {classes} classes: a compensator is shared by all "
-                f"of them, so they are optimised in one batch (--batch-size {classes} or more)."
-            )
-    if chunk < 1:
+    if settings.batch_size < 1:
         raise InferFastError(f"batch size {settings.batch_size} is too small: it must be at least 1.")
     batches = tuple(
         TaskBatch(teacher, tuple(range(first, min(first + each[teacher], k))), low, min(low + chunk, classes))

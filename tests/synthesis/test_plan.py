@@ -53,10 +53,16 @@ def test_image_mode_splits_the_classes():
     assert plan.k == 10 and plan.image_bytes == plan.budget_bytes and plan.instances == 100
 
 
+def test_a_compensator_is_shared_by_all_classes_whatever_the_batch_size():
+    recipe = RECIPES["digits"]
+    plan = make_plan(replace(recipe, synthesis=replace(recipe.synthesis, batch_size=4)), 101, (8, 8))
+    assert {(b.first_class, b.last_class) for b in plan.batches} == {(0, 101)}
+
+
 def test_settings_that_cannot_work_are_errors():
     recipe = RECIPES["digits"]
-    with pytest.raises(InferFastError, match="too small for 101 classes"):
-        make_plan(recipe, 101, (8, 8))
+    with pytest.raises(InferFastError, match="batch size 0 is too small"):
+        make_plan(replace(recipe, synthesis=replace(recipe.synthesis, batch_size=0)), 10, (8, 8))
     with pytest.raises(InferFastError, match="at least 1 image"):
         make_plan(replace(recipe, ipc=0), 10, (8, 8))
     with pytest.raises(InferFastError, match="No teacher"):
