@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from infer_fast.models.convnet import HalvingPool
+
 
 class StatisticsHook:
     """Keeps ||var - running_var||_2 + ||mean - running_mean||_2 of a BatchNorm2d's input at each forward pass."""
@@ -119,11 +121,20 @@ class Positioned(ImageFolder):
         return super().__getitem__(position)[0], position
 
 
+def with_plain_pools(student: nn.Module) -> nn.Module:
+    """The student with torch's average pooling in place of ours, changed in place."""
+    for parent in list(student.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, HalvingPool):
+                setattr(parent, name, nn.AvgPool2d(2))
+    return student
+
+
 class Trainer:
     """An eager float32 training step with AdamW, contiguous tensors, and the loss read back for printing."""
 
     def __init__(self, student: nn.Module, temperature: float):
-        self.student, self.temperature = student.train(), temperature
+        self.student, self.temperature = with_plain_pools(student).train(), temperature
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.01)
 
     def step(self, images: torch.Tensor, targets: torch.Tensor) -> float:

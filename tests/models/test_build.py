@@ -5,6 +5,7 @@ import torch
 
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
+from infer_fast.models.convnet import HalvingPool
 
 PARAMETERS = {  # public counts of the CIFAR forms with 10 classes
     "resnet18": 11_173_962,
@@ -28,12 +29,26 @@ def test_the_published_teachers_have_the_published_sizes(name, count):
 def test_convnet_128_has_a_choice_of_depth_and_norm(depth, norm):
     network = build(f"convnet128{'-d4' if depth == 4 else ''}{norm}", 10, (32, 32))
     names = [type(module).__name__ for module in network.features]
-    assert names.count("Conv2d") == names.count("AvgPool2d") == depth
+    assert names.count("Conv2d") == names.count("HalvingPool") == depth
     assert (
         names[1] == {"": "GroupNorm", "-batchnorm": "BatchNorm2d", "-groupnorm": "GroupNorm", "-none": "Identity"}[norm]
     )
     assert network.classifier.in_features == 128 * (32 >> depth) ** 2
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (1, 1, 2, 2), (3, 2, 7, 4), (2, 2, 5, 5), (0, 3, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_halving_pool_is_average_pooling(generator, shape, dtype):
+    x = torch.randn(shape, generator=generator).to(dtype)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        ours, theirs = given.clone().requires_grad_(True), given.clone().requires_grad_(True)
+        pooled, expected = HalvingPool()(ours), torch.nn.functional.avg_pool2d(theirs, 2)
+        torch.testing.assert_close(pooled, expected, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-2)
+        weights = torch.randn(expected.shape, generator=generator).to(dtype)
+        (pooled * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_timm_networks_are_built_by_name():
