@@ -234,7 +234,9 @@ def _candidates(
             weight = sum(t.weight_bytes for t in teachers)
             divided = len(teachers) + 1
             made["dynamic"] = replace(candidate, labels=DYNAMIC, label_bytes=weight, divided=divided, **of_teachers)
-            stored = settings.epochs * epoch_bytes(instances, settings.batch_size, c, augmentation_of(settings))
+            updates = settings.epochs * -(-len(distilled) // settings.batch_size)  # every candidate's
+            epochs = -(-updates // -(-instances // settings.batch_size))
+            stored = epochs * epoch_bytes(instances, settings.batch_size, c, augmentation_of(settings))
             made["fkd"] = replace(candidate, labels=EVERY_CROP, label_bytes=stored, replayed=replayed, **of_teachers)
         return [made[kind] for kind in dict.fromkeys(settings.labels)]
 

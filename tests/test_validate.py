@@ -146,6 +146,9 @@ def test_labels_of_every_crop_are_stored_and_replayed(parts, tmp_path, monkeypat
     ]
     (kept,) = (tmp_path / "fkd").iterdir()
     stored = {path.name: path.read_bytes() for path in kept.iterdir()}
+    each = 4 + 2 * 4 + 4 * 2 + 4  # position, logits, crop, partner; and for a batch its size, weight and box
+    assert rows[1].label_bytes == 4 * (16 * each + 2 * (4 + 4 + 8))
+    assert rows[4].label_bytes == 4 * (12 * each + 2 * (4 + 4 + 8))  # 12 instances, 2 batches of them an epoch too
     assert len(stored) == 4 and rows[1].label_bytes < sum(map(len, stored.values())) < rows[1].label_bytes + 4 * 1000
     draws = torch.cat([torch.cat([batch[-1] for batch in read_epoch(path, torch.device("cpu"))])
                        for path in sorted(kept.iterdir())])  # fmt: skip

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
 from infer_fast.data.dali import file_batches
-from infer_fast.data.images import FileSplit
-from infer_fast.data.loader import Augmentation, resident_distilled
+from infer_fast.data.images import FileSplit, Split
+from infer_fast.data.loader import Augmentation, resident_distilled, resident_split
 from infer_fast.errors import InferFastError
 
 from .test_distilled import make
@@ -61,9 +62,6 @@ def corner_image():
 @pytest.mark.parametrize("loader", ["torch", "fused", "dali"])
 def test_loaders_draw_crops_and_flips_from_the_same_distribution(generator, loader):
     """2,000 draws with padding 2: every one of 5 x 5 offsets and both flips, each about as often."""
-    from infer_fast.data.images import Split
-    from infer_fast.data.loader import resident_split
-
     split = Split(corner_image().repeat(100, 1, 1, 1), torch.zeros(100, dtype=torch.int64))
     own = resident_split(split, 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     stream = made(own, loader, batch_size=100, updates=20, augmentation=Augmentation(2, True), generator=generator)
@@ -82,13 +80,32 @@ def test_loaders_draw_crops_and_flips_from_the_same_distribution(generator, load
 
 
 @pytest.mark.parametrize("loader", ["torch", "fused", "dali"])
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_loaders_mix_with_the_same_weights_and_pixels(generator, loader, mix):
+    """400 batches of a black and a white image: the weight of each, and the pixels' mean and deviation."""
+    levels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+    own = resident_split(Split(levels, torch.arange(2)), 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    how = Augmentation(mix=mix, mix_alpha=0.8)
+    batches = made(own, loader, batch_size=2, updates=400, augmentation=how, generator=generator)
+    weights = torch.stack([targets.max(1).values for _, targets in batches])[:, 0]  # of the image that has more of it
+    pixels = torch.cat([images for images, _ in batches])
+    drawn = torch.distributions.Beta(0.8, 0.8).sample((4000,))
+    expected = torch.maximum(drawn, 1 - drawn)
+    mixed = weights[weights < 1]  # half of the pairs are an image and itself
+    if mix == "mixup":
+        assert mixed.mean().item() == pytest.approx(expected.mean().item(), abs=0.05)
+        assert mixed.std().item() == pytest.approx(expected.std().item(), abs=0.03)
+    assert pixels.mean().item() == pytest.approx(0.5, abs=0.03)
+    shares = torch.stack([targets[:, 1] for _, targets in batches]).flatten()
+    torch.testing.assert_close(shares, pixels.mean((1, 2, 3)), atol=1e-3, rtol=1e-3)
+    deviation = pixels.flatten(1).std(1, correction=0)
+    expected_deviation = (shares * (1 - shares)).sqrt() if mix == "cutmix" else torch.zeros_like(shares)
+    torch.testing.assert_close(deviation, expected_deviation, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loader", ["torch", "fused", "dali"])
 def test_loaders_draw_resized_crops_from_torchvisions_distribution(generator, loader):
     """A picture of its own rows and columns, seen 1,500 times: where each crop was, against RandomResizedCrop's own."""
-    from torchvision.transforms import RandomResizedCrop
-
-    from infer_fast.data.images import Split
-    from infer_fast.data.loader import resident_split
-
     rows, columns = torch.meshgrid(torch.arange(48) * 4, torch.arange(64) * 3, indexing="ij")
     picture = torch.stack([rows, columns, 0 * rows]).to(torch.uint8)
     split = Split(picture.repeat(100, 1, 1, 1), torch.zeros(100, dtype=torch.int64))

@@ -152,3 +152,21 @@ def test_predict_covers_every_position_once():
     network = nn.Identity()
     logits = predict(network, lambda p: p.float().view(-1, 1, 1, 1), 11, batch_size=4)
     assert logits.flatten().tolist() == list(range(11))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2", "efficientnet_b0", "shufflenet_g2", "vgg16",
+     "convnet128", "convnet128-d4", "mobilenet_v3_small", "resnet10t"],
+)  # fmt: skip
+def test_every_student_of_the_field_takes_a_step(generator, name):
+    """Ours, torchvision's and timm's, on 32x32: all weights that a loss reaches change, and stay finite."""
+    if name == "resnet10t":
+        pytest.importorskip("timm")
+    network = build(name, 10, (32, 32), seed=0)
+    before = {key: p.detach().clone() for key, p in network.named_parameters()}
+    images, targets = torch.randn(2, 3, 32, 32, generator=generator), torch.randn(2, 10, generator=generator)
+    fit(network, [(images, targets)], soft_loss(4.0), Schedule("sgd", 0.1, 0.0, 0.9, 1, 1), engine="eager")
+    changed = [not torch.equal(before[key], p) for key, p in network.named_parameters()]
+    assert sum(changed) >= 0.6 * len(changed)
+    assert network(images).isfinite().all() and network(images).shape == (2, 10)
