@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from bench import measure, published
-from infer_fast.data.dali import file_batches
+from infer_fast.data import dali
+from infer_fast.data import folder as folder_of_files
 from infer_fast.data.decode import image_files
 from infer_fast.data.images import FileSplit, Split
 from infer_fast.data.loader import Augmentation, feed, resident_split
@@ -76,7 +77,7 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
     published.write_jpegs(images, labels, folder)
     loader = published.Loader(folder, case.size, case.batch_size, MEAN, STD, resized=case.size > 64)
     resident = resident_split(Split(images, labels), case.classes, MEAN, STD, logits).to(device)
-    augmentation = Augmentation(padding=4, flip=True, mix="mixup")
+    augmentation = Augmentation(padding=4, flip=True, mix="mixup", resized=case.size > 64)
     updates = -(-count // case.batch_size)
     files = image_files(folder)
     place = {name: label for label, name in enumerate(sorted({f.parent.name for f in files}))}
@@ -84,8 +85,8 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
 
     def ours(name: str) -> tuple:
         generator = torch.Generator().manual_seed(0)
-        if name == "dali files":
-            return dali_files(case, source, logits.to(device), device, generator)
+        if name.endswith("files"):
+            return from_files(name, case, source, logits.to(device), device, generator)
         options = {"batch_size": case.batch_size, "updates": updates}
         return feed(name, resident, augmentation=augmentation, generator=generator, **options)
 
@@ -97,7 +98,7 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
 
         return run
 
-    names = ["fused", "torch", "dali"] if case.size <= 64 else ["dali files"]
+    names = ["fused", "torch", "dali"] + ["dali files", "torch files"] * (case.size > 64)
     if importlib.util.find_spec("nvidia.dali") is None:
         names = [name for name in names if not name.startswith("dali")]
     loading = {"published": lambda: [None for _ in loader.epoch(logits, device)], **{n: load(n) for n in names}}
@@ -130,17 +131,10 @@ def pictures(count: int, size: int) -> torch.Tensor:
     return (255 * (smooth + 0.05 * torch.randn(count, 3, size, size)).clamp(0, 1)).to(torch.uint8)
 
 
-def dali_files(case: Case, source, logits: torch.Tensor, device: torch.device, generator: torch.Generator) -> tuple:
-    """One epoch of the JPEG files through DALI, with each image's class's logits."""
-    stream = file_batches(
-        source,
-        batch_size=case.batch_size,
-        mean=MEAN,
-        std=STD,
-        device=device,
-        training=True,
-        generator=generator,
-    )
+def from_files(name: str, case: Case, source: FileSplit, logits: torch.Tensor, device, generator) -> tuple:
+    """One epoch of the JPEG files through DALI or through threads, with each image's class's logits."""
+    epoch = dali.file_batches if name.startswith("dali") else folder_of_files.file_batches
+    stream = epoch(source, batch_size=case.batch_size, mean=MEAN, std=STD, device=device, generator=generator)
     return stream, lambda images, labels: (images, logits[labels])
 
 

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from infer_fast.data.images import Split
 from infer_fast.errors import InferFastError
+from infer_fast.models import build
 from infer_fast.models.checkpoint import file_hash
 from infer_fast.recipes import SqueezeSettings
 from infer_fast.squeeze import load_teacher, squeeze
@@ -63,3 +65,23 @@ def test_a_changed_teacher_file_is_noticed(tiny_dataset, tmp_path):
 def test_command_line(call_module):
     done = call_module("squeeze", "--arch-name", "convnet", "--epochs", "1")
     assert done.returncode == 0 and "convnet: test accuracy" in done.stdout, done.stderr
+
+
+def test_published_weights_are_imported_like_a_checkpoint(tiny_dataset, tmp_path, monkeypatch):
+    """From the hub's folder; kept apart from trained teachers, and given way to by a checkpoint."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    source = build("resnet18", 4, (8, 8), seed=3)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(source.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    options = {"folder": tmp_path / "teachers", "weights": "IMAGENET1K_V1"}
+    (teacher,) = squeeze(tiny_dataset, ("resnet18",), SqueezeSettings(), **options)
+    assert torch.equal(teacher.network.fc.weight, source.fc.weight)
+    torch.save(build("resnet18", 4, (8, 8), seed=4).state_dict(), tmp_path / "other.pth")
+    (other,) = squeeze(tiny_dataset, ("resnet18",), SqueezeSettings(), checkpoints=(tmp_path / "other.pth",), **options)
+    assert other.path != teacher.path and not torch.equal(other.network.fc.weight, source.fc.weight)
+
+
+def test_teachers_are_not_trained_without_training_images(tiny_dataset, tmp_path):
+    nothing = Split(tiny_dataset.train.images[:0], tiny_dataset.train.labels[:0])
+    with pytest.raises(InferFastError, match="tiny has no training images here"):
+        squeeze(replace(tiny_dataset, train=nothing), ("convnet",), SqueezeSettings(), folder=tmp_path)
