@@ -10,13 +10,10 @@ Finished teachers, tasks and students are kept: the same command goes on where i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,27 +23,22 @@ from tyro.conf import arg
 
 import infer_fast
 from infer_fast import cli
-from infer_fast.data.distilled import CARD, DistilledSet, quantise
-from infer_fast.data.files import read_json, read_tensors, write_json, write_tensors
-from infer_fast.data.images import ImageDataset, draw_of_each_class, normalise, to_bytes
+from infer_fast.data.distilled import CARD, DistilledSet
+from infer_fast.data.files import read_json, write_json
+from infer_fast.data.images import ImageDataset, draw_of_each_class, to_bytes
 from infer_fast.data.sources import canonical_name, load_dataset, read_image_set
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
 from infer_fast.models import build
-from infer_fast.models.build import SMALL_IMAGE
-from infer_fast.models.engine import choose_engine
-from infer_fast.models.train import choose_precision
 from infer_fast.outlook import Room, describe, estimate, list_recipes, weights
-from infer_fast.progress import stage
-from infer_fast.recipes import RECIPES, SKIPPED_BATCHNORMS, Engine, Precision, Recipe, SynthesisSettings
+from infer_fast.recipes import RECIPES, Engine, Precision, Recipe, SynthesisSettings
 from infer_fast.relabel import relabel
 from infer_fast.report import write_report
 from infer_fast.squeeze import Teacher, squeeze
-from infer_fast.synthesis import NonFiniteLossError, draw_views
 from infer_fast.synthesis.memory import choose_lanes
-from infer_fast.synthesis.plan import Plan, TaskBatch, make_plan
-from infer_fast.synthesis.solver import LOG_EVERY, Solver
+from infer_fast.synthesis.plan import Plan, make_plan
 from infer_fast.synthesis.views import task_generator
+from infer_fast.tasks import How, TaskResult, assemble, synthesise
 from infer_fast.validate import Row, check_wandb, log_to_wandb, table, validate, write_results
 
 ROOM = "room.json"
@@ -95,14 +87,6 @@ class DistillOptions:
     """print the plan (tasks, bytes, estimated time) and stop"""
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """One solved task: what was optimised, float32, and the losses along the way (every LOG_EVERY iterations)."""
-
-    optimised: torch.Tensor
-    losses: list[float]
-
-
 def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     """Runs the whole way and leaves a distilled set in syn_data_path/exp_name; returns the table's rows.
 
@@ -135,11 +119,12 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
 
     began = time.monotonic()
     write_json(folder / ROOM, room._asdict())
-    results = synthesise(plan, teachers, base, recipe.synthesis, folder, options, room.chunks)
+    how = How(options.precision, options.engine, options.backend)
+    wanted = range(options.ipc_start, plan.k if options.ipc_end is None else min(options.ipc_end, plan.k))
+    results = synthesise(plan, teachers, base, recipe.synthesis, folder, how, room.chunks, wanted)
     clock["synthesis"] = time.monotonic() - began
     if results is None:
-        last = _end(options, plan) - 1
-        print(f"Tasks {options.ipc_start}..{last} are solved; run the others, then once without a range.")
+        print(f"Tasks {wanted.start}..{wanted.stop - 1} are solved; run the others, then once without a range.")
         return []
 
     began = time.monotonic()
@@ -180,147 +165,6 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
         log_to_wandb(rows, options.wandb_name)
     print(f"\nThe distilled set is in {folder} (preview.png shows it, report.html tells the rest).")
     return rows
-
-
-def synthesise(
-    plan: Plan,
-    teachers: list[Teacher],
-    base: torch.Tensor,
-    settings: SynthesisSettings,
-    folder: Path,
-    options: DistillOptions,
-    chunks: Sequence[int | None],
-) -> dict[tuple[int, int, int], TaskResult] | None:
-    """Solves the plan's tasks, each saved the moment it is done; tasks already on the disk are read back.
-
-    base: uint8 (C, k, 3, H, W); chunks: images of a task in one pass, for each teacher (None: all).
-    Returns {(teacher, index, first class): result}, or None when tasks outside --ipc-start..--ipc-end are still
-    missing. Raises InferFastError naming the tasks whose loss became NaN or infinite.
-    """
-    tasks = folder / "tasks" / _task_key(plan, teachers, base, settings, options)
-    wanted = range(options.ipc_start, _end(options, plan))
-    failed: list[str] = []
-    solver = None
-    with stage("synthesis", plan.tasks * plan.iterations, "task iterations") as running:
-        for batch in plan.batches:
-            paths = [_task_path(tasks, plan, batch, index) for index in batch.indices]
-            if all(p.is_file() for p in paths) or not any(index in wanted for index in batch.indices):
-                running.advance(len(paths) * plan.iterations)
-                continue
-            teacher = teachers[batch.teacher]
-            if solver is None or solver.teacher is not teacher.network:
-                solver = None  # what it holds on the device goes first
-                solver = _solver(teacher, settings, options, chunks[batch.teacher], plan.size)
-            failed += _solve_batch(batch, paths, solver, teacher.name, base, running.advance)
-    if failed:
-        raise InferFastError(
-            f"The loss became NaN or infinite in {', '.join(failed)}: lower --lr or --r-bn; the other tasks are saved."
-        )
-    found = {
-        (batch.teacher, index, batch.first_class): path
-        for batch in plan.batches
-        for index in batch.indices
-        if (path := _task_path(tasks, plan, batch, index)).is_file()
-    }
-    if len(found) < plan.tasks:
-        return None
-    return {key: _read_task(path) for key, path in found.items()}
-
-
-def _solver(
-    teacher: Teacher, settings: SynthesisSettings, options: DistillOptions, chunk: int | None, size: tuple[int, int]
-) -> Solver:
-    small = max(size) <= SMALL_IMAGE  # the layer that is left out is one that only the CIFAR form has
-    skipped = SKIPPED_BATCHNORMS.get(teacher.name, ()) if small else ()
-    return Solver(
-        teacher.network,
-        settings=replace(settings, skip_bn=(*settings.skip_bn, *skipped)),
-        backend=None if options.backend == "auto" else options.backend,
-        engine=options.engine,
-        precision=options.precision,
-        chunk=chunk,
-    )
-
-
-def _solve_batch(
-    batch: TaskBatch,
-    paths: list[Path],
-    solver: Solver,
-    name: str,
-    base: torch.Tensor,
-    advance: Callable[[float], None],
-) -> list[str]:
-    """Solves one batch of lanes and saves each lane's result; returns a sentence part for each lane that diverged."""
-    settings, device = solver.settings, next(solver.teacher.parameters()).device
-    classes = torch.arange(batch.first_class, batch.last_class)
-    losses: list[list[float]] = [[] for _ in batch.indices]
-    furthest = [0 for _ in batch.indices]  # a lane that ran out of memory starts anew
-
-    def on_iteration(lanes: range, done: int, latest: torch.Tensor) -> None:
-        for lane, loss in zip(lanes, latest.tolist(), strict=True):
-            losses[lane] = [*losses[lane][: (done - 1) // LOG_EVERY], loss]
-            advance(max(0, done - furthest[lane]))
-            furthest[lane] = max(done, furthest[lane])
-
-    failures: dict[int, int] = {}
-    try:
-        result = solver.solve(
-            _start(batch, classes, base, settings).to(device),
-            draw_views(
-                settings.seed,
-                batch.teacher,
-                list(batch.indices),
-                iterations=settings.iterations,
-                jitter=settings.jitter,
-                size=tuple(base.shape[-2:]),
-            ),
-            classes.to(device),
-            on_iteration,
-        )
-    except NonFiniteLossError as error:
-        result, failures = error.result, error.failures
-    for lane, path in enumerate(paths):
-        if lane not in failures:
-            write_tensors(path, {"optimised": result[lane], "losses": torch.tensor(losses[lane])})
-    return [
-        f"teacher {name}, index {batch.indices[lane]}, iteration {iteration}" for lane, iteration in failures.items()
-    ]
-
-
-def _start(batch: TaskBatch, classes: torch.Tensor, base: torch.Tensor, settings: SynthesisSettings) -> torch.Tensor:
-    """The normalised images (L, C', 3, H, W) that the batch's lanes start from."""
-    if settings.optimise == "images" and settings.start == "noise":
-        shape = (base.shape[0], *base.shape[2:])
-        lanes = [
-            torch.randn(shape, generator=task_generator(settings.seed, batch.teacher, index, "noise"))[classes]
-            for index in batch.indices
-        ]
-        return torch.stack(lanes)
-    images = base[classes][:, list(batch.indices)].transpose(0, 1)
-    return normalise(images, settings.mean, settings.std)
-
-
-def assemble(
-    plan: Plan, base: torch.Tensor, results: dict[tuple[int, int, int], TaskResult], dataset: ImageDataset
-) -> DistilledSet:
-    """The distilled set of solved tasks, with labels still zero."""
-    if plan.optimise == "images":
-        images = torch.stack(
-            [
-                torch.cat([r.optimised for (_, j, _), r in sorted(results.items()) if j == index])
-                for index in range(plan.k)
-            ],
-            dim=1,
-        )  # (C, k, 3, H, W)
-        stored, compensators = to_bytes(images, dataset.mean, dataset.std), None
-    else:
-        dense = torch.stack(
-            [torch.stack([results[m, j, 0].optimised for j in range(plan.k)]) for m in range(len(plan.teachers))]
-        )  # (M, k, 3, H, W)
-        stored, compensators = base, quantise(dense, dataset.std)
-    views = 1 if compensators is None else 1 + len(plan.teachers)
-    logits = torch.zeros(plan.classes, plan.k, views, plan.classes, dtype=torch.float16)
-    return DistilledSet(stored, compensators, logits, dataset.mean, dataset.std, dataset.classes)
 
 
 def find_room(options: DistillOptions, recipe: Recipe, dataset: ImageDataset, folder: Path) -> Room:
@@ -375,10 +219,6 @@ def _with_statistics(recipe: Recipe, dataset: ImageDataset) -> Recipe:
     return replace(recipe, synthesis=filled)
 
 
-def _end(options: DistillOptions, plan: Plan) -> int:
-    return plan.k if options.ipc_end is None else min(options.ipc_end, plan.k)
-
-
 def _base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, init_path: Path | None) -> torch.Tensor:
     """uint8 (C, k, 3, H, W) on the CPU: k random training images of every class, or those of --init-path."""
     if init_path is not None and not (init_path / "tensor_0.pt").is_file() and _has_folders(init_path):
@@ -411,40 +251,6 @@ def _given_images(folder: Path, plan: Plan, settings: SynthesisSettings) -> torc
     return torch.stack(columns, dim=1)  # (C, k, 3, H, W)
 
 
-def _task_key(
-    plan: Plan, teachers: list[Teacher], base: torch.Tensor, settings: SynthesisSettings, options: DistillOptions
-) -> str:
-    """A hash of everything a task's result depends on: other settings never mix with these."""
-    parts = {
-        "settings": asdict(settings),
-        "teachers": [t.sha256 for t in teachers],
-        "base": hashlib.sha256(base.numpy().data).hexdigest(),
-        "how": list(_how(options).values()),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _how(options: DistillOptions) -> dict[str, str]:
-    """What `auto` became, for the card and for the tasks' key."""
-    device = cli.device()
-    return {
-        "precision": choose_precision(device, options.precision),
-        "engine": choose_engine(options.engine, device),
-        "backend": options.backend,
-        "device": device.type,
-    }
-
-
-def _task_path(folder: Path, plan: Plan, batch: TaskBatch, index: int) -> Path:
-    chunk = f"-classes-{batch.first_class:04d}" if plan.optimise == "images" else ""
-    return folder / f"{batch.teacher}-{plan.teachers[batch.teacher]}-{index:04d}{chunk}.safetensors"
-
-
-def _read_task(path: Path) -> TaskResult:
-    tensors, _ = read_tensors(path)
-    return TaskResult(tensors["optimised"], tensors["losses"].tolist())
-
-
 def _card(
     distilled: DistilledSet,
     dataset: ImageDataset,
@@ -459,6 +265,7 @@ def _card(
     clock: dict[str, float],
 ) -> dict:
     device = cli.device()
+    how = How(options.precision, options.engine, options.backend).resolved(device)
     whole = dataset.train.nbytes
     return {
         "recipe_name": recipe_name,
@@ -473,6 +280,7 @@ def _card(
             "test_images": len(dataset.test),
             "fingerprint": dataset.fingerprint,
             "data_path": None if options.data_path is None else str(options.data_path),
+            "val_dir": None if options.val_dir is None else str(options.val_dir),
             "image_size": options.image_size,
         },
         "teachers": [
@@ -497,7 +305,7 @@ def _card(
             {"teacher": plan.teachers[m], "index": j, "first_loss": r.losses[0], "last_loss": r.losses[-1]}
             for (m, j, _), r in sorted(results.items())
         ],
-        "how": {**_how(options), "lanes": room.lanes, "chunks": room.chunks},
+        "how": {**how, "lanes": room.lanes, "chunks": room.chunks},
         "versions": {
             "infer_fast": infer_fast.__version__,
             "torch": torch.__version__,

@@ -105,9 +105,12 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Judged:
     folder = options.syn_data_path
     whole = load(folder)
     data = whole.card["dataset"]
-    data_path = options.data_path or (Path(data["data_path"]) if data.get("data_path") else None)
+    data_path, val_dir = (
+        given or (Path(data[name]) if data.get(name) else None)
+        for name, given in (("data_path", options.data_path), ("val_dir", options.val_dir))
+    )
     image_size = options.image_size or data.get("image_size")
-    dataset = load_dataset(options.dataset or data["name"], data_path, image_size=image_size, val_path=options.val_dir)
+    dataset = load_dataset(options.dataset or data["name"], data_path, image_size=image_size, val_path=val_dir)
     if options.val_dir is None and dataset.fingerprint != data["fingerprint"]:
         raise InferFastError(
             f"{data['name']} is not the dataset this set was distilled from (its fingerprint differs)."

@@ -36,7 +36,7 @@ def relabel(distilled: DistilledSet, teachers: list[Teacher]) -> DistilledSet:
     The labels are those of the instances as stored: after quantisation, as a student will see them. Raises
     InferFastError for a teacher whose logits float16 can't hold.
     """
-    on = _device_of(teachers)
+    on = device_of(teachers)
     with stage("relabel", len(teachers), "teachers") as running:
         total = torch.zeros(distilled.logits.shape).flatten(0, 2)
         for teacher in teachers:
@@ -94,7 +94,7 @@ def record_labels(
     Every epoch has a generator of its own and a file of its own, written once: an interrupted run goes on, and more
     epochs are added to those that are there. The teachers are in eval mode. Raises DiskError when the disk is full.
     """
-    augmentation, device = augmentation_of(settings), _device_of(teachers)
+    augmentation, device = augmentation_of(settings), device_of(teachers)
     resident = resident_distilled(distilled, soft=True).to(device)
     kept = folder / fkd.FOLDER / _labels_key(distilled, teachers, settings, augmentation, seed)
     wanted = [e for e in range(settings.epochs) if not fkd.epoch_path(kept, e).is_file()]
@@ -130,7 +130,8 @@ def _labels_key(
     return digest.hexdigest()[:12]
 
 
-def _device_of(teachers: list[Teacher]) -> torch.device:
+def device_of(teachers: list[Teacher]) -> torch.device:
+    """Where the teachers are."""
     return next(teachers[0].network.parameters()).device
 
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -57,15 +57,26 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], card: dict | Non
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Reads what write_tensors wrote: (tensors, card). Raises InferFastError on a missing or damaged file."""
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        return tensors, json.loads((file.metadata() or {}).get("card", "{}"))
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """Reads one tensor of what write_tensors wrote, and no other. Raises InferFastError as read_tensors does."""
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator:
     if not path.is_file():
         raise InferFastError(f"{path} does not exist.")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            card = json.loads((file.metadata() or {}).get("card", "{}"))
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise InferFastError(f"{path} is damaged and can't be read ({error}): delete it and make it again.") from error
-    return tensors, card
 
 
 def read_json(path: Path) -> dict:

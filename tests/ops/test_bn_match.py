@@ -56,9 +56,11 @@ def value_and_gradients(parts, residual, upstream, **options):
     return y, penalty, *torch.autograd.grad(loss, inputs)
 
 
-def relative_error(ours, exact):
+def relative_error(ours, exact, least=0.0):
+    """Norm of the difference over norm; least: what an element's share of the norm counts as, at least."""
     exact = exact.double()
-    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+    floor = max(1e-30, least * exact.numel() ** 0.5)
+    return ((ours.double() - exact).norm() / exact.norm().clamp(min=floor)).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -127,8 +129,11 @@ def test_backends_equal_the_float64_reference(generator, where, shape, layout, d
             exact = value_and_gradients(exact_parts, exact_residual, upstream, backend="reference", **options)
             assert ours[0].dtype == dtype and ours[0].stride() == parts[0].stride()
             forward, gradient = TOLERANCE[dtype]
-            for got, expected, tolerance in zip(ours, exact, (forward, 1e-5, gradient, gradient), strict=False):
-                assert relative_error(got.cpu(), expected) <= tolerance, (activation, with_residual)
+            # y adds terms around 1: where all of a few elements cancel, their rounding is all there is to compare.
+            for got, expected, tolerance, least in zip(
+                ours, exact, (forward, 1e-5, gradient, gradient), (0.1, 0.0, 0.0, 0.0), strict=False
+            ):
+                assert relative_error(got.cpu(), expected, least) <= tolerance, (activation, with_residual)
 
 
 @pytest.mark.parametrize("where", DEVICES)
