@@ -10,6 +10,7 @@ from infer_fast.models import cifar
 from infer_fast.models.convnet import CONVNET_128, SHAPES, ConvNet, ConvNet128
 
 ALIASES = {"mobilenetV2": "mobilenetv2", "efficientnet": "efficientnet_b0", "shufflenet": "shufflenet_g2"}  # INFER's
+LARGE_FORMS = {"mobilenetv2": "mobilenet_v2"}  # what torchvision calls the original of a CIFAR form
 SMALL_IMAGE = 64  # up to this size networks take their CIFAR form (ResNets: 3x3 stride-1 stem, no max-pool)
 
 
@@ -36,7 +37,9 @@ def _build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
         return ConvNet128(classes, size, *CONVNET_128[name])
     if name in cifar.NETWORKS and max(size) <= SMALL_IMAGE:
         return cifar.NETWORKS[name](classes)
-    return _torchvision(name, classes, size)
+    if name == "shufflenet_g2":
+        raise InferFastError(f"shufflenet_g2 is a network for images of up to {SMALL_IMAGE}x{SMALL_IMAGE} pixels.")
+    return _torchvision(LARGE_FORMS.get(name, name), classes, size)
 
 
 def _check_halvings(name: str, depth: int, size: tuple[int, int]) -> None:

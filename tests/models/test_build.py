@@ -74,6 +74,9 @@ def test_a_seed_fixes_the_weights_and_leaves_the_global_generator():
 def test_large_images_get_the_original_stem():
     assert build("resnet18", 4, (224, 224)).conv1.kernel_size == (7, 7)
     assert build("resnet18", 4, (64, 64)).conv1.kernel_size == (3, 3)
+    assert build("mobilenetv2", 4, (224, 224)).features[0][0].stride == (2, 2)
+    with pytest.raises(InferFastError, match="shufflenet_g2 is a network for images of up to 64x64"):
+        build("shufflenet_g2", 4, (224, 224))
 
 
 def test_unknown_names_and_small_images_are_errors():
