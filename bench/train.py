@@ -23,7 +23,7 @@ from infer_fast.data import dali
 from infer_fast.data import folder as folder_of_files
 from infer_fast.data.decode import image_files
 from infer_fast.data.images import FileSplit, Split
-from infer_fast.data.loader import Augmentation, feed, resident_split
+from infer_fast.data.loader import Augmentation, FileSet, feed, resident_split
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, fit, soft_loss
 
@@ -81,12 +81,13 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
     updates = -(-count // case.batch_size)
     files = image_files(folder)
     place = {name: label for label, name in enumerate(sorted({f.parent.name for f in files}))}
-    source = FileSplit(tuple(files), torch.tensor([place[f.parent.name] for f in files]), (case.size, case.size))
+    split = FileSplit(tuple(files), torch.tensor([place[f.parent.name] for f in files]), (case.size, case.size))
+    source = FileSet(split.to(device), case.classes, MEAN, STD)
 
     def ours(name: str) -> tuple:
         generator = torch.Generator().manual_seed(0)
         if name.endswith("files"):
-            return from_files(name, case, source, logits.to(device), device, generator)
+            return from_files(name, case, source, logits.to(device), generator)
         options = {"batch_size": case.batch_size, "updates": updates}
         return feed(name, resident, augmentation=augmentation, generator=generator, **options)
 
@@ -131,10 +132,10 @@ def pictures(count: int, size: int) -> torch.Tensor:
     return (255 * (smooth + 0.05 * torch.randn(count, 3, size, size)).clamp(0, 1)).to(torch.uint8)
 
 
-def from_files(name: str, case: Case, source: FileSplit, logits: torch.Tensor, device, generator) -> tuple:
+def from_files(name: str, case: Case, source: FileSet, logits: torch.Tensor, generator: torch.Generator) -> tuple:
     """One epoch of the JPEG files through DALI or through threads, with each image's class's logits."""
     epoch = dali.file_batches if name.startswith("dali") else folder_of_files.file_batches
-    stream = epoch(source, batch_size=case.batch_size, mean=MEAN, std=STD, device=device, generator=generator)
+    stream = epoch(source, batch_size=case.batch_size, generator=generator)
     return stream, lambda images, labels: (images, logits[labels])
 
 

@@ -26,7 +26,7 @@ from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet
 from infer_fast.data.files import read_json, write_json
 from infer_fast.data.images import ImageDataset, draw_of_each_class, to_bytes
-from infer_fast.data.sources import canonical_name, load_dataset, read_image_set
+from infer_fast.data.sources import canonical_name, has_folders, load_dataset, read_image_set
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
 from infer_fast.models import build
@@ -86,6 +86,11 @@ class DistillOptions:
     dry_run: bool = False
     """print the plan (tasks, bytes, estimated time) and stop"""
 
+    @property
+    def how(self) -> How:
+        """How the teachers' passes are run."""
+        return How(self.precision, self.engine, self.backend)
+
 
 def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     """Runs the whole way and leaves a distilled set in syn_data_path/exp_name; returns the table's rows.
@@ -119,9 +124,8 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
 
     began = time.monotonic()
     write_json(folder / ROOM, room._asdict())
-    how = How(options.precision, options.engine, options.backend)
     wanted = range(options.ipc_start, plan.k if options.ipc_end is None else min(options.ipc_end, plan.k))
-    results = synthesise(plan, teachers, base, recipe.synthesis, folder, how, room.chunks, wanted)
+    results = synthesise(plan, teachers, base, recipe.synthesis, folder, options.how, room.chunks, wanted)
     clock["synthesis"] = time.monotonic() - began
     if results is None:
         print(f"Tasks {wanted.start}..{wanted.stop - 1} are solved; run the others, then once without a range.")
@@ -221,16 +225,12 @@ def _with_statistics(recipe: Recipe, dataset: ImageDataset) -> Recipe:
 
 def _base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, init_path: Path | None) -> torch.Tensor:
     """uint8 (C, k, 3, H, W) on the CPU: k random training images of every class, or those of --init-path."""
-    if init_path is not None and not (init_path / "tensor_0.pt").is_file() and _has_folders(init_path):
+    if init_path is not None and not (init_path / "tensor_0.pt").is_file() and has_folders(init_path):
         return read_image_set(init_path, dataset.classes, plan.size[0], plan.k)
     if init_path is not None:
         return _given_images(init_path, plan, recipe.synthesis)
     generator = task_generator(recipe.synthesis.seed, 0, 0, "base images")
     return dataset.train.at(draw_of_each_class(dataset, plan.k, generator)).cpu()  # (C, k, 3, H, W)
-
-
-def _has_folders(path: Path) -> bool:
-    return path.is_dir() and any(p.is_dir() for p in path.iterdir())
 
 
 def _given_images(folder: Path, plan: Plan, settings: SynthesisSettings) -> torch.Tensor:
@@ -265,7 +265,6 @@ def _card(
     clock: dict[str, float],
 ) -> dict:
     device = cli.device()
-    how = How(options.precision, options.engine, options.backend).resolved(device)
     whole = dataset.train.nbytes
     return {
         "recipe_name": recipe_name,
@@ -302,10 +301,10 @@ def _card(
             "ratio": whole / distilled.image_bytes,
         },
         "tasks": [
-            {"teacher": plan.teachers[m], "index": j, "first_loss": r.losses[0], "last_loss": r.losses[-1]}
-            for (m, j, _), r in sorted(results.items())
+            {"teacher": plan.teachers[m], "index": j, "first_loss": losses[0], "last_loss": losses[-1]}
+            for (m, j, _), losses in sorted((task, result.losses) for task, result in results.items())
         ],
-        "how": {**how, "lanes": room.lanes, "chunks": room.chunks},
+        "how": {**options.how.resolved(device), "lanes": room.lanes, "chunks": room.chunks},
         "versions": {
             "infer_fast": infer_fast.__version__,
             "torch": torch.__version__,

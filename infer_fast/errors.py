@@ -17,6 +17,12 @@ class InferFastWarning(UserWarning):
     """Something the user should know of, in one sentence; the work goes on."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its kind where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the machine's or the device's memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -13,7 +13,7 @@ from tyro.conf import arg
 from infer_fast import cli
 from infer_fast.data.distilled import TENSORS, DistilledSet, load
 from infer_fast.data.images import ImageDataset
-from infer_fast.data.sources import canonical_name, load_dataset, read_image_set
+from infer_fast.data.sources import canonical_name, has_folders, load_dataset, read_image_set
 from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.recipes import IMAGENET_WEIGHTS, Recipe, SqueezeSettings, StudentSettings, base_images_per_class
 from infer_fast.relabel import relabel, teachers_of
@@ -89,7 +89,7 @@ def what_is_judged(options: ValidateOptions, recipe: Recipe) -> Judged:
     Raises InferFastError for a folder that holds neither kind of set, another dataset, or teachers that don't fit.
     """
     folder = options.syn_data_path
-    others = folder.is_dir() and not (folder / TENSORS).exists() and any(p.is_dir() for p in folder.iterdir())
+    others = has_folders(folder) and not (folder / TENSORS).exists()
     judged = _images_of_others(options) if others else _our_set(options, recipe)
     if len(judged.dataset.train) == 0 and judged.compare != "none":
         warnings.warn(
@@ -117,7 +117,9 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Judged:
         )
     if len(dataset.classes) != len(whole.classes):
         raise InferFastError(f"{options.val_dir} has {len(dataset.classes)} classes, this set {len(whole.classes)}.")
-    dataset = replace(dataset, mean=whole.mean, std=whole.std).to(cli.device())
+    if options.val_dir is not None:  # else the fingerprint has said that they are the set's own
+        dataset = replace(dataset, mean=whole.mean, std=whole.std)
+    dataset = dataset.to(cli.device())
     ipc = options.ipc or recipe.ipc
     distilled = _part(whole, options)
     named = bool(options.arch_name)

@@ -94,7 +94,7 @@ class Candidate:
     label_bytes: int
     source: Callable[[int], ResidentSet | FileSet]
     label: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """makes the labels of every batch while the student trains (dynamic labels)"""
+    """makes the labels of every batch while the student trains (none where they are static, or replayed)"""
     teachers: tuple[str, ...] = ()
     """hashes of the teachers that label every crop"""
     divided: int = 1
@@ -222,7 +222,7 @@ def _candidates(
         return Candidate("whole dataset", HARD, dataset.train.nbytes, label * len(dataset.train), lambda _: source)
 
     label_batch = dynamic_labels(teachers, settings.precision) if set(settings.labels) & {"dynamic", "fkd"} else None
-    of_teachers = {"label": label_batch, "teachers": tuple(t.sha256 for t in teachers)}
+    hashes = tuple(t.sha256 for t in teachers)
 
     def with_soft_labels(candidate: Candidate, instances: int, replayed: Path | None) -> list[Candidate]:
         """The candidate once for each kind of soft labels that the settings ask for.
@@ -233,11 +233,16 @@ def _candidates(
         if label_batch is not None:
             weight = sum(t.weight_bytes for t in teachers)
             divided = len(teachers) + 1
-            made["dynamic"] = replace(candidate, labels=DYNAMIC, label_bytes=weight, divided=divided, **of_teachers)
+            made["dynamic"] = replace(
+                candidate, labels=DYNAMIC, label_bytes=weight, label=label_batch, teachers=hashes, divided=divided
+            )
             updates = settings.epochs * -(-len(distilled) // settings.batch_size)  # every candidate's
             epochs = -(-updates // -(-instances // settings.batch_size))
             stored = epochs * epoch_bytes(instances, settings.batch_size, c, augmentation_of(settings))
-            made["fkd"] = replace(candidate, labels=EVERY_CROP, label_bytes=stored, replayed=replayed, **of_teachers)
+            on_the_spot = label_batch if replayed is None else None
+            made["fkd"] = replace(
+                candidate, labels=EVERY_CROP, label_bytes=stored, label=on_the_spot, teachers=hashes, replayed=replayed
+            )
         return [made[kind] for kind in dict.fromkeys(settings.labels)]
 
     ours = with_soft_labels(distilled_set(True), len(distilled), kept)
@@ -321,11 +326,10 @@ def _train(
             generator=torch.Generator().manual_seed(seed),
             workers=settings.workers,
         )
-    label = None if candidate.replayed is not None else candidate.label
     schedule = _schedule(settings, updates, per_epoch)
     loss = soft_loss(settings.temperature) if source.soft else hard_loss
     how = {"precision": settings.precision, "engine": settings.engine}
-    fit(network, stream, loss, schedule, make=make, label=label, on_update=measure, **how)
+    fit(network, stream, loss, schedule, make=make, label=candidate.label, on_update=measure, **how)
     return network, measured
 
 
@@ -401,8 +405,7 @@ def _key(
     training = {k: v for k, v in asdict(settings).items() if k not in ("networks", "labels")}
     training["loader"] = choose_loader(settings.loader, source)
     digest.update(json.dumps([network, training, candidate.labels, seed], sort_keys=True).encode())
-    if candidate.label is not None:
-        digest.update("".join(candidate.teachers).encode())
+    digest.update("".join(candidate.teachers).encode())
     return digest.hexdigest()[:24]
 
 

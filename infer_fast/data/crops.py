@@ -47,13 +47,18 @@ def resized_crop(images: torch.Tensor, crop: torch.Tensor, flip: torch.Tensor | 
     return F.grid_sample(images, grid.to(images.dtype), "bilinear", "border", align_corners=False)
 
 
+def in_crop(pixel: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
+    """Where a pixel of a crop resized to `size` lies in the crop of `length`: half-pixel centres, at least 0."""
+    return ((pixel + 0.5) * (length / size) - 0.5).clamp(min=0)
+
+
 def _places(first: torch.Tensor, length: torch.Tensor, flip: torch.Tensor | None, size: int) -> torch.Tensor:
     """Where each of `size` pixels of a line lies in the image, in grid_sample's -1..1: (B, size)."""
     line = torch.arange(size, device=first.device).expand(len(first), -1)
     if flip is not None:
         line = torch.where(flip[:, None], size - 1 - line, line)
     length = length[:, None].float()
-    inside = ((line + 0.5) * length / size - 0.5).clamp(min=0).minimum(length - 1)
+    inside = in_crop(line, length, size).minimum(length - 1)
     return (2 * (first[:, None] + inside) + 1) / size - 1
 
 

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infer_fast.data.images import FileSplit
-from infer_fast.data.loader import Augmentation, Composer, ResidentSet, batches
+from infer_fast.data.loader import Augmentation, Composer, FileSet, ResidentSet, batches
 from infer_fast.errors import InferFastError
 from infer_fast.recipes import CROP_AREA, CROP_RATIO
 
@@ -68,12 +67,9 @@ def resident_batches(
 
 
 def file_batches(
-    source: FileSplit,
+    source: FileSet,
     *,
     batch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
     training: bool = True,
     flip: bool = True,
     generator: torch.Generator | None = None,
@@ -81,18 +77,19 @@ def file_batches(
     shards: int = 1,
     workers: int = 4,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of a shard: images float32 (B, 3, H, W), normalised, and classes int64 (B,), on `device`.
+    """One epoch of a shard: images float32 (B, 3, H, W), normalised, and classes int64 (B,), on the set's device.
 
     training: RandomResizedCrop (area 0.08..1) and flip, shuffled by `generator` (the same on every rank); else the
     shorter side resized to the split's margin times its size, centre crop, in order. Shard s of n takes every n-th
     image from s on. Grey and CMYK files become RGB. Raises InferFastError naming a file that can't be decoded, or
     without DALI.
     """
-    size, labels = source.size[0], source.labels.cpu()
+    split, device = source.split, source.split.device
+    size, labels = split.size[0], split.labels.cpu()
     if not 0 <= shard < shards:
         raise InferFastError(f"shard {shard} of {shards}: it must be one of 0..{shards - 1}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    order = torch.randperm(len(source.files), generator=generator) if training else torch.arange(len(source.files))
+    order = torch.randperm(len(split), generator=generator) if training else torch.arange(len(split))
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     own = order[shard::shards]
     waiting: deque[torch.Tensor] = deque()
@@ -100,7 +97,7 @@ def file_batches(
     def encoded() -> Iterator[list[np.ndarray]]:
         for positions in own.split(batch_size):
             waiting.append(positions)
-            yield [np.fromfile(source.files[p], dtype=np.uint8) for p in positions.tolist()]
+            yield [np.fromfile(split.files[p], dtype=np.uint8) for p in positions.tolist()]
 
     def decode(fn: ModuleType, types: ModuleType, where: str):
         files = fn.external_source(source=encoded(), batch=True, dtype=types.UINT8, ndim=1)
@@ -112,16 +109,16 @@ def file_batches(
             images = fn.resize(images, size=[size, size], antialias=True)
         else:
             images = fn.decoders.image(files, device=decoder, output_type=types.RGB)
-            images = fn.resize(images, resize_shorter=round(size * source.margin), antialias=True)
+            images = fn.resize(images, resize_shorter=round(size * split.margin), antialias=True)
             images = fn.crop(images, crop=[size, size])
-        pixels = [[255 * v for v in values] for values in (mean, std)]
+        pixels = [[255 * v for v in values] for values in (source.mean, source.std)]
         return _normalised(fn, types, images, *pixels, training and flip)
 
     try:
         for (images,) in _run(decode, batch_size, device, seed + shard, workers):
             yield images, labels[waiting.popleft()].to(device, non_blocking=True)
     except RuntimeError as error:
-        read = [source.files[p] for positions in waiting for p in positions.tolist()]
+        read = [split.files[p] for positions in waiting for p in positions.tolist()]
         broken = next((path for path in read if not _decodes(path)), None)
         if broken is None:
             raise

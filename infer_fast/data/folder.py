@@ -6,7 +6,7 @@ The reference for DALI's pipeline of the same name in infer_fast.data.dali, and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,27 +16,26 @@ from PIL import Image
 
 from infer_fast.data.crops import ATTEMPTS, crop_boxes
 from infer_fast.data.decode import open_rgb
-from infer_fast.data.images import FileSplit, normalise
+from infer_fast.data.images import normalise
+from infer_fast.data.loader import FileSet
 
 AHEAD = 2  # batches that are being decoded while one is trained on
 
 
 def file_batches(
-    source: FileSplit,
+    source: FileSet,
     *,
     batch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
     flip: bool = True,
     generator: torch.Generator,
     workers: int = 4,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch for training: images float32 (B, 3, H, W), normalised, and classes int64 (B,), on `device`.
+    """One epoch for training: images float32 (B, 3, H, W), normalised, and classes int64 (B,), on the set's device.
 
     RandomResizedCrop (area 0.08..1) and flip, shuffled: all from `generator`, whatever the number of workers. Raises
     InferFastError naming a file that can't be decoded.
     """
+    split = source.split
     order = torch.randperm(len(source), generator=generator)
     numbers = torch.rand(len(source), ATTEMPTS, 4, generator=generator)
     flips = torch.rand(len(source), generator=generator) < (0.5 if flip else 0.0)
@@ -44,13 +43,13 @@ def file_batches(
 
     def ready() -> tuple[torch.Tensor, torch.Tensor]:
         positions, views = waiting.popleft()
-        images = torch.from_numpy(np.stack([view.result() for view in views])).to(device).permute(0, 3, 1, 2)
-        return normalise(images, mean, std), source.labels[positions.to(source.labels.device)].to(device)
+        images = torch.from_numpy(np.stack([view.result() for view in views])).to(split.device).permute(0, 3, 1, 2)
+        return normalise(images, source.mean, source.std), split.labels[positions.to(split.device)]
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for positions in order.split(batch_size):
             views = [
-                pool.submit(_view, source.files[p], numbers[p], bool(flips[p]), source.size) for p in positions.tolist()
+                pool.submit(_view, split.files[p], numbers[p], bool(flips[p]), split.size) for p in positions.tolist()
             ]
             waiting.append((positions, views))
             if len(waiting) > AHEAD:

@@ -103,7 +103,7 @@ class FileSplit:
 
 
 def most_resident() -> int:
-    """Bytes of images that are decoded into memory at once, larger sets stay on the disk: a quarter of its memory."""
+    """Bytes of images that are decoded into memory at once, larger sets stay on the disk: a quarter of the RAM."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 

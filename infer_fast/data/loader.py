@@ -222,14 +222,7 @@ def _from_files(
     device, done = source.split.device, 0
     while done < updates:
         for images, labels in epoch(
-            source.split,
-            batch_size=batch_size,
-            mean=source.mean,
-            std=source.std,
-            device=device,
-            flip=augmentation.flip,
-            generator=generator,
-            workers=workers,
+            source, batch_size=batch_size, flip=augmentation.flip, generator=generator, workers=workers
         ):
             targets = F.one_hot(labels, source.classes).float()
             mixing = _mixing(len(images), source.split.size, augmentation, generator)

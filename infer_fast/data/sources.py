@@ -20,7 +20,7 @@ import torch
 
 from infer_fast.data.decode import IMAGE_SUFFIXES, decode_all, image_files, open_rgb
 from infer_fast.data.images import FileSplit, ImageDataset, Split, image_dataset, most_resident
-from infer_fast.errors import InferFastError
+from infer_fast.errors import InferFastError, first_line
 
 AnySplit = Split | FileSplit
 TORCHVISION_NAMES = {
@@ -65,36 +65,33 @@ def load_dataset(
 
     image_size: resize (shorter side) and centre-crop every image of a folder or parquet to this many pixels squared
     (ImageNet: 224 unless given, the shorter side to 256/224 of it). cache: a folder where channel statistics are kept.
-    val_path: class folders of test images, in place of the dataset's own; without a data_path (and for a name that
-    can't be fetched) there are then no training images, and the statistics are those of the test images.
+    val_path: class folders of test images, in place of the dataset's own; without a data_path there are then no
+    training images (but digits'), and the statistics are those of the test images.
     Raises InferFastError when a path is missing or holds no images, an image does not decode, sizes are mixed,
     labels are out of range, or a download fails.
     """
     key = canonical_name(name)
-    reading = Reading(image_size)
+    reading, statistics = Reading(image_size), None
     if key == "imagenet":
         reading = Reading(image_size or IMAGENET_SIZE, IMAGENET_MARGIN, on_disk=True)
-    statistics = IMAGENET_STATISTICS if key == "imagenet" else None
-    fetchable = key == "digits" or key in TORCHVISION_NAMES
+        statistics = IMAGENET_STATISTICS
     if data_path is not None:
         parts = _read_path(key, data_path, reading)
         parts = (*parts[:2], _known_names(key, parts[2]))
     elif key == "digits":
         parts = read_digits()
-    elif fetchable and val_path is None:
-        parts = read_torchvision(key, Path("data"), download=True)
     elif val_path is not None:
-        parts = None
+        test, classes = read_test_folders(val_path, None, reading)
+        return _without_training(key, test, classes, statistics)
+    elif key in TORCHVISION_NAMES:
+        parts = read_torchvision(key, Path("data"), download=True)
     else:
         known = ", ".join(["digits", *TORCHVISION_NAMES])
         raise InferFastError(
             f"{name} is not a dataset that can be fetched by name ({known}): give its place with --data-path."
         )
     if val_path is not None:
-        test, found = read_test_folders(val_path, None if parts is None else parts[2], reading)
-        if parts is None:
-            return _without_training(key, test, found, statistics)
-        parts = (parts[0], test, parts[2])
+        parts = (parts[0], *read_test_folders(val_path, parts[2], reading))
     return image_dataset(key, *parts, cache=cache, statistics=statistics)
 
 
@@ -118,7 +115,7 @@ def _read_path(name: str, path: Path, reading: Reading) -> tuple[AnySplit, AnySp
         raise InferFastError(f"{path} is a file: --data-path must be the folder that holds the dataset.")
     if (path / "val" / ANNOTATIONS).is_file():
         return read_tiny_imagenet(path, reading)
-    if (path / "train").is_dir() and any(p.is_dir() for p in (path / "train").iterdir()):
+    if has_folders(path / "train"):
         return read_image_folder(path, reading)
     if any(path.rglob("*.parquet")):
         return read_parquet(path, reading.image_size)
@@ -169,10 +166,9 @@ def read_torchvision(name: str, root: Path, *, download: bool) -> tuple[Split, S
             which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
             splits.append(cls(str(root), download=download, **which))
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "or give its place with --data-path" if download else "expected torchvision's layout of it there"
         raise InferFastError(
-            f"{name} could not be read under {root} ({reason}): check the network, {advice}."
+            f"{name} could not be read under {root} ({first_line(error)}): check the network, {advice}."
         ) from error
     parts = []
     for split in splits:
@@ -231,7 +227,7 @@ def read_image_folder(path: Path, reading: Reading) -> tuple[AnySplit, AnySplit,
         raise InferFastError(f"{path} has train/ but neither val/ nor test/: students are judged on images held out.")
     folders = _class_folders(path / "train")
     classes = tuple(folder.name for folder in folders)
-    if (path / SOLUTION).is_file() and not any(p.is_dir() for p in test.iterdir()):
+    if (path / SOLUTION).is_file() and not has_folders(test):
         held_out = _read_solution(path / SOLUTION, test, classes, reading)
     else:
         unknown = sorted({p.name for p in test.iterdir() if p.is_dir()} - set(classes))
@@ -262,6 +258,11 @@ def read_test_folders(
         unknown = sorted(set(names) - set(classes))[0]
         raise InferFastError(f"{folder} has a class {unknown!r} that is none of the {len(classes)} of the dataset.")
     return _read_class_folders(ordered, folder, reading, keep=True), classes or names
+
+
+def has_folders(path: Path) -> bool:
+    """Whether `path` is a folder with folders in it."""
+    return path.is_dir() and any(p.is_dir() for p in path.iterdir())
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -352,9 +353,9 @@ def read_tiny_imagenet(path: Path, reading: Reading) -> tuple[AnySplit, AnySplit
     if not wnids:
         raise InferFastError(f"{path / 'train'} holds no class folders.")
     annotations = path / "val" / ANNOTATIONS
-    pairs = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-    test = _read_listed(annotations, [(name, (*rest, "")[0]) for name, *rest in pairs], path / "val" / "images", wnids,
-                        reading)  # fmt: skip
+    lines = [line.partition("\t") for line in annotations.read_text().splitlines()]
+    pairs = [(name, rest.partition("\t")[0]) for name, _, rest in lines]
+    test = _read_listed(annotations, pairs, path / "val" / "images", wnids, reading)
     return _read_class_folders(folders, path / "train", reading), test, _words(path, wnids)
 
 

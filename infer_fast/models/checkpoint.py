@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from infer_fast.errors import InferFastError
+from infer_fast.errors import InferFastError, first_line
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 ACCURACIES = ("acc", "accuracy", "best_acc1", "best_acc")  # what checkpoints call it
@@ -81,9 +81,9 @@ def _timm_state(name: str) -> dict[str, torch.Tensor]:
 
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # timm and its hub raise many kinds; each means that there are no weights
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InferFastError(
-            f"No weights of {name} could be fetched ({reason}): check the network, or give a file with --arch-path."
+            f"No weights of {name} could be fetched ({first_line(error)}): check the network, or give a file with "
+            "--arch-path."
         ) from error
 
 
@@ -124,8 +124,7 @@ def _loaded(path: Path) -> object:
             f"{path} holds more than weights, and loading it could run code in it: save its state_dict alone."
         ) from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InferFastError(f"{path} is not a whole checkpoint ({reason}).") from error
+        raise InferFastError(f"{path} is not a whole checkpoint ({first_line(error)}).") from error
     return loaded
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from infer_fast.data.crops import draw_crops
+from infer_fast.data.crops import draw_crops, in_crop
 
 CROPPED_FROM = 64  # pixels of the shorter side
 
@@ -115,9 +115,10 @@ def _resampling(
     line = torch.arange(size, device=first.device)
     place = (line - shift[:, None]) % size  # (L, size)
     place = torch.where(flip[:, None], size - 1 - place, place)
-    exact = ((place + 0.5) * (length[:, None].to(dtype) / size) - 0.5).clamp(min=0).to(dtype)
+    length = length[:, None].to(dtype)
+    exact = in_crop(place, length, size).to(dtype)
     low = exact.floor()
-    high = torch.minimum(low + 1, length[:, None].to(dtype) - 1)
+    high = torch.minimum(low + 1, length - 1)
     weight = (exact - low)[..., None]
     at_low, at_high = ((first[:, None] + side.long())[..., None] == line for side in (low, high))  # (L, size, size)
     return at_low * (1 - weight) + at_high * weight

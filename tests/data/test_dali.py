@@ -8,15 +8,13 @@ from torchvision.transforms import RandomResizedCrop
 
 from infer_fast.data.dali import file_batches
 from infer_fast.data.images import FileSplit, Split
-from infer_fast.data.loader import Augmentation, resident_distilled, resident_split
+from infer_fast.data.loader import Augmentation, FileSet, resident_distilled, resident_split
 from infer_fast.errors import InferFastError
 
 from .test_distilled import make
 from .test_loader import levels, made, resident
 
 pytest.importorskip("nvidia.dali")
-CPU = torch.device("cpu")
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "device": CPU}
 
 
 def test_without_augmentation_dali_gives_the_fused_batches():
@@ -142,13 +140,14 @@ def folder(tmp_path, generator):
     return tmp_path
 
 
-def split_of(folder):
+def source_of(folder):
     files = sorted(folder.glob("*/*"))
-    return FileSplit(tuple(files), torch.tensor([int(file.parent.name[-1]) for file in files]), (16, 16), 256 / 224)
+    labels = torch.tensor([int(file.parent.name[-1]) for file in files])
+    return FileSet(FileSplit(tuple(files), labels, (16, 16), 256 / 224), 3, *[(0.5, 0.5, 0.5)] * 2)
 
 
 def read(folder, **options):
-    return list(file_batches(split_of(folder), batch_size=4, **{"training": False, **HALF, **options}))
+    return list(file_batches(source_of(folder), batch_size=4, **{"training": False, **options}))
 
 
 @pytest.mark.parametrize("training", [False, True])
