@@ -58,7 +58,7 @@ setup(
             ["csrc/bindings.cpp", "csrc/bn_match.cpp", "csrc/compose.cpp", "csrc/perturb.cpp"],
             depends=["csrc/ops.h", "csrc/bn_match_kernels.h", "csrc/bn_match_target.h"],
             cxx_std=17,
-            extra_compile_args=["-O3", *THREADS],
+            extra_compile_args=["-O3", "-fno-trapping-math", *THREADS],
             extra_link_args=THREADS,
         )
     ],
