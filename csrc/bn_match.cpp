@@ -5,7 +5,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <fstream>
+#include <string>
 #include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "ops.h"
 
@@ -16,6 +22,8 @@ constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, ab
 constexpr int64_t kWidth = 64;              // channels_last rows shorter than this are taken several at a time
 constexpr int64_t kBlock = 1024;            // elements of such a row that are taken together
 constexpr int64_t kLeastPerThread = 16384;  // elements worth another thread
+constexpr int64_t kUsualCache = 32 << 20;   // bytes of the last cache where the system doesn't tell
+constexpr int64_t kPart = 512;              // elements of a plane summed in float32 before double takes over
 
 // How a tensor is read row by row, the images of one lane being one group. channels_last: a row is some pixels.
 // Contiguous with small planes: a row is one image, cut into blocks of whole planes. Parameters lie as the elements of
@@ -103,12 +111,15 @@ struct Pass {
   const float *mean, *scale, *bias;  // per channel, or as the elements of a row
   const float *a, *b;                // backward: likewise, for each lane
   double *sum, *square;              // forward: per plane, or per piece of rows and channel
+  bool streams;                      // results are written past the caches
 };
 
-// One thread's own room: the sums of a row's width, twice, and the flags of a run.
+// One thread's own room: the sums of a row's width, twice, then for the elements of a run of rows (of a part of a plane)
+// the flags and two blocks of results.
 struct Scratch {
   float* sums;
   uint8_t* flags;
+  float *block, *second_block;
 };
 
 // Does the planes or pieces begin..end.
@@ -166,6 +177,24 @@ Variant choose(Activation kind, bool with_residual) {
 Variant choose(const BnMatchArguments& a) {
   const bool with_residual = a.residual != nullptr || a.grad_residual != nullptr;
   return a.is_bfloat16 ? choose<bfloat16>(a.activation, with_residual) : choose<float>(a.activation, with_residual);
+}
+
+// Bytes of the last cache that this processor's cores share, as Linux tells it (glibc's sysconf counts all of a socket's).
+int64_t last_cache() {
+  int64_t bytes = kUsualCache;
+  for (int index = 0; index < 5; ++index) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    int64_t size = 0;
+    char unit = 0;
+    if (file >> size >> unit && size > 0) bytes = size << (unit == 'M' ? 20 : 10);
+  }
+  return bytes;
+}
+
+// Results that the caches can't hold beside x until the next layer reads them are better written past them.
+bool streams(const BnMatchArguments& a) {
+  static const int64_t cache = last_cache();
+  return 2 * a.lanes * a.batch * a.channels * a.plane * (a.is_bfloat16 ? 2 : 4) >= cache;
 }
 
 int64_t parameter_count(const BnMatchArguments& a, const Rows& r) { return by_rows(a) ? r.parameters : a.channels; }
@@ -249,14 +278,15 @@ void gradient_coefficients(const BnMatchArguments& g, const Rows& r, std::vector
 
 void run(const BnMatchArguments& a, const Pass& pass, Work planes, Work pieces, int threads) {
   const Rows& r = pass.rows;
-  const int64_t flags_each = r.width * r.run + 8;
-  std::vector<float> sums(static_cast<size_t>(2 * r.width * threads));
+  const int64_t each = std::max(r.width * r.run, kPart), flags_each = each + 8;
+  std::vector<float> sums(static_cast<size_t>(2 * r.width * threads)), blocks(static_cast<size_t>(2 * each * threads));
   std::vector<uint8_t> flags(static_cast<size_t>(flags_each * threads));
   const Work work = by_rows(a) ? pieces : planes;
   const int64_t count = by_rows(a) ? a.lanes * r.per_lane * r.blocks : a.lanes * a.batch * a.channels;
   const int64_t elements = std::max<int64_t>(1, a.lanes * a.batch * a.channels * a.plane / count);
   parallel_ranges(count, threads, kLeastPerThread / elements, [&](int64_t part, int64_t begin, int64_t end) {
-    const Scratch scratch{sums.data() + part * 2 * r.width, flags.data() + part * flags_each};
+    float* block = blocks.data() + part * 2 * each;
+    const Scratch scratch{sums.data() + part * 2 * r.width, flags.data() + part * flags_each, block, block + each};
     work(pass, scratch, begin, end);
   });
 }
@@ -281,7 +311,7 @@ void bn_match_forward(const BnMatchArguments& a, int threads) {
   const int64_t slots = by_rows(a) ? a.lanes * rows.per_lane : a.lanes * a.batch;
   std::vector<double> sum(static_cast<size_t>(slots * a.channels)), square(sum.size());
   const Pass pass{a,       rows,    parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
-                  nullptr, nullptr, sum.data(),             square.data()};
+                  nullptr, nullptr, sum.data(),             square.data(),           streams(a)};
   const Variant variant = choose(a);
   run(a, pass, variant.forward_planes, variant.forward_pieces, threads);
   finish_statistics(a, sum, square, slots / a.lanes);
@@ -293,7 +323,7 @@ void bn_match_backward(const BnMatchArguments& g, int threads) {
   std::vector<float> a(static_cast<size_t>(g.lanes * parameter_count(g, rows))), b(a.size());
   gradient_coefficients(g, rows, a, b);
   const Pass pass{g,        rows,     parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
-                  a.data(), b.data(), nullptr,                nullptr};
+                  a.data(), b.data(), nullptr,                nullptr,                streams(g)};
   const Variant variant = choose(g);
   run(g, pass, variant.backward_planes, variant.backward_pieces, threads);
 }

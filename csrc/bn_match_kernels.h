@@ -5,9 +5,6 @@
 // A segment is a run of elements that lie side by side. In a contiguous tensor it is one plane, with one value of each
 // parameter; in a channels_last tensor it is some rows, with parameters that repeat every `period` elements.
 
-constexpr int64_t kChunk = 64;  // elements whose act' bits are packed together
-constexpr int64_t kPart = 512;  // elements summed in float32 before double takes over
-
 inline float load(const float* p) { return *p; }
 
 inline float load(const bfloat16* p) {
@@ -17,15 +14,48 @@ inline float load(const bfloat16* p) {
   return value;
 }
 
-inline void store(float value, float* p) { *p = value; }
-
 // To nearest, ties to even; NaN stays NaN.
-inline void store(float value, bfloat16* p) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (bits >> 16) | 0x40u;
-  p->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+inline void narrow(const float* values, bfloat16* out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    const int32_t quiet = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : 0;
+    const uint32_t rounded = static_cast<uint32_t>(bits) + 0x7fffu + ((static_cast<uint32_t>(bits) >> 16) & 1u);
+    out[i].bits = static_cast<uint16_t>((rounded | static_cast<uint32_t>(quiet)) >> 16);
+  }
+}
+
+// Writes past the caches, where memory allows it: a line that nobody reads soon need not be fetched to be overwritten.
+inline void stream(const void* from, void* to, int64_t bytes) {
+#ifdef __SSE2__
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
+    const float* source = static_cast<const float*>(from);
+    float* target = static_cast<float*>(to);
+    for (int64_t i = 0; i < bytes / 4; i += 4) _mm_stream_ps(target + i, _mm_loadu_ps(source + i));
+    return;
+  }
+#endif
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+// Where a block of results is computed as float32: in place, or (bfloat16, or past the caches) in `block`, from which
+// deliver() takes them.
+inline float* in_place_or(float* out, float* block, bool streams) { return streams ? block : out; }
+inline float* in_place_or(bfloat16*, float* block, bool) { return block; }
+
+inline void deliver(const float* block, float* out, int64_t count, bool streams) {
+  if (streams) stream(block, out, count * 4);
+}
+
+inline void deliver(const float* block, bfloat16* out, int64_t count, bool streams) {
+  if (!streams) return narrow(block, out, count);
+  for (int64_t i = 0; i < count; i += kPart) {
+    const int64_t left = count - i < kPart ? count - i : kPart;
+    bfloat16 part[kPart];
+    narrow(block + i, part, left);
+    stream(part, out + i, left * 2);
+  }
 }
 
 // exp(x) within 2 units in the last place (infinite above 88.4), by 2^n * exp(r) with |r| <= ln(2)/2 and a degree-6 polynomial for exp(r)
@@ -91,26 +121,26 @@ inline void unpack_bits(const uint8_t* mask, uint8_t* flags, int64_t count) {
 // One plane forward: y, and the sums of d = x - mean and d*d. With a residual, mask gets the bits of act'.
 template <typename Scalar, Activation kind, bool with_residual>
 inline void forward_plane(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* mask, int64_t count, float mean,
-                          float scale, float bias, double* sum, double* square) {
+                          float scale, float bias, const Scratch& scratch, bool streams, double* sum, double* square) {
   constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
-  constexpr int64_t part = packs ? kChunk : kPart;
   double total = 0.0, total_square = 0.0;
-  for (int64_t begin = 0; begin < count; begin += part) {
-    const int64_t end = begin + part < count ? begin + part : count;
-    uint8_t flags[packs ? kChunk : 1] = {};
+  for (int64_t begin = 0; begin < count; begin += kPart) {
+    const int64_t left = count - begin < kPart ? count - begin : kPart;
+    float* out = in_place_or(y + begin, scratch.block, streams);
+    uint8_t* flags = scratch.flags;
     float s = 0.0f, q = 0.0f;
 #pragma omp simd reduction(+ : s, q)
-    for (int64_t i = begin; i < end; ++i) {
-      const float d = load(x + i) - mean;
+    for (int64_t i = 0; i < left; ++i) {
+      const float d = load(x + begin + i) - mean;
       s += d;
       q += d * d;
       float z = d * scale + bias;
-      if (with_residual) z += load(residual + i);
-      if (packs) flags[i - begin] = derivative<kind>(z) != 0.0f;
-      store(activate<kind>(z), y + i);
+      if (with_residual) z += load(residual + begin + i);
+      if (packs) flags[i] = derivative<kind>(z) != 0.0f;
+      out[i] = activate<kind>(z);
     }
-    if (packs && mask)
-      pack_bits(flags, mask + begin / 8, end - begin);
+    deliver(out, y + begin, left, streams);
+    if (packs && mask) pack_bits(flags, mask + begin / 8, left);
     total += s;
     total_square += q;
   }
@@ -122,33 +152,36 @@ inline void forward_plane(const Scalar* x, const Scalar* residual, Scalar* y, ui
 template <typename Scalar, Activation kind, bool with_residual>
 inline void backward_plane(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* mask,
                            Scalar* grad_x, Scalar* grad_residual, int64_t count, float mean, float scale, float bias,
-                           float a, float b) {
+                           float a, float b, const Scratch& scratch, bool streams) {
   constexpr bool packed = with_residual && (kind == Activation::relu || kind == Activation::relu6);
-  for (int64_t begin = 0; begin < count; begin += packed ? kChunk : count) {
-    const int64_t end = packed && begin + kChunk < count ? begin + kChunk : count;
-    uint8_t flags[kChunk] = {};
-    if (packed)
-      unpack_bits(mask + begin / 8, flags, end - begin);
+  for (int64_t begin = 0; begin < count; begin += kPart) {
+    const int64_t left = count - begin < kPart ? count - begin : kPart;
+    float* out = in_place_or(grad_x + begin, scratch.block, streams);
+    float* out_residual = with_residual ? in_place_or(grad_residual + begin, scratch.second_block, streams) : nullptr;
+    uint8_t* flags = scratch.flags;
+    if (packed) unpack_bits(mask + begin / 8, flags, left);
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-      const float d = load(x + i) - mean;
-      float g = load(grad_y + i);
+    for (int64_t i = 0; i < left; ++i) {
+      const float d = load(x + begin + i) - mean;
+      float g = load(grad_y + begin + i);
       if (packed) {
-        g = flags[i - begin] ? g : 0.0f;
+        g = flags[i] ? g : 0.0f;
       } else if (kind != Activation::none) {
         float z = d * scale + bias;
-        if (with_residual) z += load(residual + i);
+        if (with_residual) z += load(residual + begin + i);
         g *= derivative<kind>(z);
       }
-      if (with_residual) store(g, grad_residual + i);
-      store(g * scale + (a + b * d), grad_x + i);
+      if (with_residual) out_residual[i] = g;
+      out[i] = g * scale + (a + b * d);
     }
+    deliver(out, grad_x + begin, left, streams);
+    if (with_residual) deliver(out_residual, grad_residual + begin, left, streams);
   }
 }
 
 // One element of a row forward, for parameters that the caller holds.
 template <typename Scalar, Activation kind, bool with_residual>
-inline void forward_element(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* flags, int64_t i, float mean,
+inline void forward_element(const Scalar* x, const Scalar* residual, float* out, uint8_t* flags, int64_t i, float mean,
                             float scale, float bias, float* sum, float* square) {
   constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
   const float d = load(x + i) - mean;
@@ -157,13 +190,13 @@ inline void forward_element(const Scalar* x, const Scalar* residual, Scalar* y, 
   float z = d * scale + bias;
   if (with_residual) z += load(residual + i);
   if (packs) flags[i] = derivative<kind>(z) != 0.0f;
-  store(activate<kind>(z), y + i);
+  out[i] = activate<kind>(z);
 }
 
 template <typename Scalar, Activation kind, bool with_residual>
 inline void backward_element(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* flags,
-                             Scalar* grad_x, Scalar* grad_residual, int64_t i, float mean, float scale, float bias,
-                             float a, float b) {
+                             float* out, float* out_residual, int64_t i, float mean, float scale, float bias, float a,
+                             float b) {
   constexpr bool packed = with_residual && (kind == Activation::relu || kind == Activation::relu6);
   const float d = load(x + i) - mean;
   float g = load(grad_y + i);
@@ -174,14 +207,14 @@ inline void backward_element(const Scalar* x, const Scalar* residual, const Scal
     if (with_residual) z += load(residual + i);
     g *= derivative<kind>(z);
   }
-  if (with_residual) store(g, grad_residual + i);
-  store(g * scale + (a + b * d), grad_x + i);
+  if (with_residual) out_residual[i] = g;
+  out[i] = g * scale + (a + b * d);
 }
 
 // Rows that lie side by side, forward; parameters and sums have `width` entries, and count may end within a row. Four
 // rows go together, so that parameters and sums are touched once for four elements.
 template <typename Scalar, Activation kind, bool with_residual>
-inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* flags, int64_t count,
+inline void forward_rows(const Scalar* x, const Scalar* residual, float* out, uint8_t* flags, int64_t count,
                          int64_t width, const float* mean, const float* scale, const float* bias, float* sum,
                          float* square) {
   int64_t begin = 0;
@@ -191,10 +224,10 @@ inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uin
       const float m = mean[c], k = scale[c], o = bias[c];
       float s = 0.0f, q = 0.0f;
       const int64_t i = begin + c;
-      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, i, m, k, o, &s, &q);
-      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, i + width, m, k, o, &s, &q);
-      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, i + 2 * width, m, k, o, &s, &q);
-      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, i + 3 * width, m, k, o, &s, &q);
+      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i, m, k, o, &s, &q);
+      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + width, m, k, o, &s, &q);
+      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + 2 * width, m, k, o, &s, &q);
+      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + 3 * width, m, k, o, &s, &q);
       sum[c] += s;
       square[c] += q;
     }
@@ -203,14 +236,14 @@ inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uin
     const int64_t left = begin + width < count ? width : count - begin;
 #pragma omp simd
     for (int64_t c = 0; c < left; ++c)
-      forward_element<Scalar, kind, with_residual>(x, residual, y, flags, begin + c, mean[c], scale[c], bias[c],
+      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, begin + c, mean[c], scale[c], bias[c],
                                                    sum + c, square + c);
   }
 }
 
 template <typename Scalar, Activation kind, bool with_residual>
 inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* flags,
-                          Scalar* grad_x, Scalar* grad_residual, int64_t count, int64_t width, const float* mean,
+                          float* out, float* out_residual, int64_t count, int64_t width, const float* mean,
                           const float* scale, const float* bias, const float* a, const float* b) {
   int64_t begin = 0;
   for (; begin + 4 * width <= count; begin += 4 * width) {
@@ -218,7 +251,7 @@ inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar*
     for (int64_t c = 0; c < width; ++c) {
       const float m = mean[c], k = scale[c], o = bias[c], level = a[c], slope = b[c];
       for (int64_t row = 0; row < 4; ++row)
-        backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, grad_x, grad_residual,
+        backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, out, out_residual,
                                                       begin + row * width + c, m, k, o, level, slope);
     }
   }
@@ -226,7 +259,7 @@ inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar*
     const int64_t left = begin + width < count ? width : count - begin;
 #pragma omp simd
     for (int64_t c = 0; c < left; ++c)
-      backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, grad_x, grad_residual, begin + c,
-                                                    mean[c], scale[c], bias[c], a[c], b[c]);
+      backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, out, out_residual, begin + c, mean[c],
+                                                    scale[c], bias[c], a[c], b[c]);
   }
 }
