@@ -44,6 +44,32 @@ def milliseconds_in_turn(
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def milliseconds(function: Callable[[], object], times: int) -> list[float]:
+    """Wall-clock milliseconds of each of `times` calls, after one that wakes threads and fills caches."""
+    taken = []
+    for _ in range(times + 1):
+        synchronise()
+        began = time.perf_counter()
+        function()
+        synchronise()
+        taken.append(1e3 * (time.perf_counter() - began))
+    return taken[1:]
+
+
+def in_turns(ways: dict[str, Callable[[int], list[float]]], rounds: int, each: int) -> dict[str, float]:
+    """Median milliseconds of each way, timed A A A B B B A A A ...: `rounds` turns of `each` calls.
+
+    A way takes the number of calls and gives the milliseconds of each: measure.milliseconds here, or those of a process
+    of its own (bench.apart). Before a turn, the threads of the one before are given the time to fall asleep.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            time.sleep(0.02)
+            taken[name] += way(each)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
 def copy_bandwidth(elements: int = 1 << 26) -> float:
     """Bytes per second of a float32 copy on the device, read and written bytes counted."""
     source = torch.randn(elements, device=device())

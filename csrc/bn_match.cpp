@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <fstream>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,8 @@ namespace {
 constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, about
 constexpr int64_t kWidth = 64;              // channels_last rows shorter than this are taken several at a time
 constexpr int64_t kBlock = 1024;            // elements of such a row that are taken together
+constexpr int64_t kFold = 8;                // partial sums of a small plane
+constexpr int64_t kFoldedOnto = 256;        // elements that add to one of them, at most, before double takes over
 constexpr int64_t kLeastPerThread = 16384;  // elements worth another thread
 constexpr int64_t kUsualCache = 32 << 20;   // bytes of the last cache where the system doesn't tell
 constexpr int64_t kPart = 512;              // elements of a plane summed in float32 before double takes over
@@ -40,9 +43,28 @@ struct Rows {
   int64_t parameters;      // entries of the parameters: those of all blocks
 };
 
-bool by_rows(const BnMatchArguments& a) { return a.channels_last || a.plane <= kBnMatchSmallPlane; }
+// Contiguous planes of a few elements that don't fill registers are taken as rows, too.
+bool by_rows(const BnMatchArguments& a) {
+  return a.channels_last || (a.plane <= kBnMatchSmallPlane && a.plane % kFold != 0);
+}
+
+bool by_patches(const BnMatchArguments& a) { return !by_rows(a) && a.plane < kPart; }
 
 int64_t up(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+// How a contiguous tensor of small planes is cut. The images of a group are summed together, so the groups depend on
+// the shape alone; blocks of channels only spread the work over the threads.
+struct Patches {
+  int64_t groups;  // of a lane's images
+  int64_t blocks;  // of the channels
+};
+
+Patches patches_of(const BnMatchArguments& a, int threads) {
+  const int64_t images = std::max<int64_t>(1, kFoldedOnto * kFold / a.plane);
+  const int64_t groups = up(a.batch, images), all = a.lanes * groups;
+  const int64_t blocks = all % threads == 0 || all >= 4 * threads ? 1 : up(4 * threads, all);
+  return {groups, std::min(blocks, a.channels)};
+}
 
 Rows rows_of(const BnMatchArguments& a) {
   Rows r{};
@@ -108,25 +130,26 @@ void gather(const BnMatchArguments& a, const Rows& r, int64_t first_parameter, c
 struct Pass {
   const BnMatchArguments& arguments;
   const Rows rows;
+  const Patches patches;
   const float *mean, *scale, *bias;  // per channel, or as the elements of a row
   const float *a, *b;                // backward: likewise, for each lane
-  double *sum, *square;              // forward: per plane, or per piece of rows and channel
+  double *sum, *square;              // forward: per channel of each image, group of images, or piece of rows
   bool streams;                      // results are written past the caches
 };
 
 // One thread's own room: the sums of a row's width, twice, then for the elements of a run of rows (of a part of a plane)
-// the flags and two blocks of results.
+// the flags and two blocks of results, and three parts of inputs.
 struct Scratch {
   float* sums;
   uint8_t* flags;
-  float *block, *second_block;
+  float *block, *second_block, *inputs;
 };
 
-// Does the planes or pieces begin..end.
+// Does the planes, patches or pieces begin..end.
 using Work = void (*)(const Pass&, const Scratch&, int64_t begin, int64_t end);
 
 struct Variant {
-  Work forward_planes, forward_pieces, backward_planes, backward_pieces;
+  Work forward_planes, forward_patches, forward_pieces, backward_planes, backward_patches, backward_pieces;
 };
 
 #define INFER_FAST_TARGET generic
@@ -276,17 +299,22 @@ void gradient_coefficients(const BnMatchArguments& g, const Rows& r, std::vector
   }
 }
 
-void run(const BnMatchArguments& a, const Pass& pass, Work planes, Work pieces, int threads) {
+void run(const Pass& pass, Work planes, Work patches, Work pieces, int threads) {
+  const BnMatchArguments& a = pass.arguments;
   const Rows& r = pass.rows;
   const int64_t each = std::max(r.width * r.run, kPart), flags_each = each + 8;
-  std::vector<float> sums(static_cast<size_t>(2 * r.width * threads)), blocks(static_cast<size_t>(2 * each * threads));
+  const int64_t sums_each = by_rows(a) ? 2 * r.width : by_patches(a) ? 2 * kFold * a.channels : 0;
+  const int64_t floats_each = sums_each + 2 * each + 3 * kPart;
+  std::unique_ptr<float[]> floats(new float[static_cast<size_t>(floats_each * threads)]);  // written before it is read
   std::vector<uint8_t> flags(static_cast<size_t>(flags_each * threads));
-  const Work work = by_rows(a) ? pieces : planes;
-  const int64_t count = by_rows(a) ? a.lanes * r.per_lane * r.blocks : a.lanes * a.batch * a.channels;
+  const Work work = by_rows(a) ? pieces : by_patches(a) ? patches : planes;
+  const int64_t count = by_rows(a)      ? a.lanes * r.per_lane * r.blocks
+                        : by_patches(a) ? a.lanes * pass.patches.groups * pass.patches.blocks
+                                        : a.lanes * a.batch * a.channels;
   const int64_t elements = std::max<int64_t>(1, a.lanes * a.batch * a.channels * a.plane / count);
   parallel_ranges(count, threads, kLeastPerThread / elements, [&](int64_t part, int64_t begin, int64_t end) {
-    float* block = blocks.data() + part * 2 * each;
-    const Scratch scratch{sums.data() + part * 2 * r.width, flags.data() + part * flags_each, block, block + each};
+    float *own = floats.get() + part * floats_each, *block = own + sums_each;
+    const Scratch scratch{own, flags.data() + part * flags_each, block, block + each, block + 2 * each};
     work(pass, scratch, begin, end);
   });
 }
@@ -301,20 +329,20 @@ int limit_instruction_set(int limit) {
 int64_t bn_match_mask_bytes(const BnMatchArguments& a) {
   const int64_t image = a.channels * a.plane;
   if (a.channels_last) return a.lanes * up(a.batch * image, 8);
-  return a.lanes * a.batch * (by_rows(a) ? up(image, 8) : a.channels * up(a.plane, 8));
+  return a.lanes * a.batch * (a.plane <= kBnMatchSmallPlane ? up(image, 8) : a.channels * up(a.plane, 8));
 }
 
 void bn_match_forward(const BnMatchArguments& a, int threads) {
   const Rows rows = rows_of(a);
+  const Patches patches = patches_of(a, threads);
   const Parameters parameters(a, rows);
-  // Slots whose sums are kept apart: pieces of rows, or the images of planes.
-  const int64_t slots = by_rows(a) ? a.lanes * rows.per_lane : a.lanes * a.batch;
-  std::vector<double> sum(static_cast<size_t>(slots * a.channels)), square(sum.size());
-  const Pass pass{a,       rows,    parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
-                  nullptr, nullptr, sum.data(),             square.data(),           streams(a)};
+  const int64_t slots = by_rows(a) ? rows.per_lane : by_patches(a) ? patches.groups : a.batch;
+  std::vector<double> sum(static_cast<size_t>(a.lanes * slots * a.channels)), square(sum.size());
+  const Pass pass{a,       rows,    patches,    parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
+                  nullptr, nullptr, sum.data(), square.data(),          streams(a)};
   const Variant variant = choose(a);
-  run(a, pass, variant.forward_planes, variant.forward_pieces, threads);
-  finish_statistics(a, sum, square, slots / a.lanes);
+  run(pass, variant.forward_planes, variant.forward_patches, variant.forward_pieces, threads);
+  finish_statistics(a, sum, square, slots);
 }
 
 void bn_match_backward(const BnMatchArguments& g, int threads) {
@@ -322,10 +350,10 @@ void bn_match_backward(const BnMatchArguments& g, int threads) {
   const Parameters parameters(g, rows);
   std::vector<float> a(static_cast<size_t>(g.lanes * parameter_count(g, rows))), b(a.size());
   gradient_coefficients(g, rows, a, b);
-  const Pass pass{g,        rows,     parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
-                  a.data(), b.data(), nullptr,                nullptr,                streams(g)};
+  const Pass pass{g,        rows,     patches_of(g, threads), parameters.mean.data(), parameters.scale.data(),
+                  parameters.bias.data(), a.data(), b.data(), nullptr, nullptr, streams(g)};
   const Variant variant = choose(g);
-  run(g, pass, variant.backward_planes, variant.backward_pieces, threads);
+  run(pass, variant.backward_planes, variant.backward_patches, variant.backward_pieces, threads);
 }
 
 }  // namespace infer_fast

@@ -26,6 +26,15 @@ inline void narrow(const float* values, bfloat16* out, int64_t count) {
   }
 }
 
+// The values as float32: where they are, or (bfloat16) copied to `block`.
+inline const float* widened(const float* values, float*, int64_t) { return values; }
+
+inline const float* widened(const bfloat16* values, float* block, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) block[i] = load(values + i);
+  return block;
+}
+
 // Writes past the caches, where memory allows it: a line that nobody reads soon need not be fetched to be overwritten.
 inline void stream(const void* from, void* to, int64_t bytes) {
 #ifdef __SSE2__
@@ -179,7 +188,7 @@ inline void backward_plane(const Scalar* x, const Scalar* residual, const Scalar
   }
 }
 
-// One element of a row forward, for parameters that the caller holds.
+// One element forward, for parameters that the caller holds.
 template <typename Scalar, Activation kind, bool with_residual>
 inline void forward_element(const Scalar* x, const Scalar* residual, float* out, uint8_t* flags, int64_t i, float mean,
                             float scale, float bias, float* sum, float* square) {
@@ -209,6 +218,51 @@ inline void backward_element(const Scalar* x, const Scalar* residual, const Scal
   }
   if (with_residual) out_residual[i] = g;
   out[i] = g * scale + (a + b * d);
+}
+
+// A small plane forward, in stretches of kFold elements: element i adds to the sums of i % kFold, so that no plane pays
+// for adding up across a register. `sums` holds those of d, then those of d*d.
+template <Activation kind, bool with_residual>
+inline void forward_small_plane(const float* x, const float* residual, float* out, uint8_t* flags, int64_t count,
+                                float mean, float scale, float bias, float* sums) {
+  float sum[kFold], square[kFold];
+  for (int64_t j = 0; j < kFold; ++j) {  // not memcpy: its narrower moves would stall the registers' loads
+    sum[j] = sums[j];
+    square[j] = sums[kFold + j];
+  }
+  int64_t i = 0;
+  for (; i + kFold <= count; i += kFold) {
+#pragma omp simd
+    for (int64_t j = 0; j < kFold; ++j) {
+      float s = sum[j], q = square[j];
+      forward_element<float, kind, with_residual>(x, residual, out, flags, i + j, mean, scale, bias, &s, &q);
+      sum[j] = s;
+      square[j] = q;
+    }
+  }
+  for (int64_t j = 0; j < kFold; ++j) {
+    sums[j] = sum[j];
+    sums[kFold + j] = square[j];
+  }
+  for (int64_t j = 0; i + j < count; ++j)
+    forward_element<float, kind, with_residual>(x, residual, out, flags, i + j, mean, scale, bias, sums + j,
+                                                 sums + kFold + j);
+}
+
+template <Activation kind, bool with_residual>
+inline void backward_small_plane(const float* x, const float* residual, const float* grad_y, const uint8_t* flags,
+                                 float* out, float* out_residual, int64_t count, float mean, float scale, float bias,
+                                 float a, float b) {
+  int64_t i = 0;
+  for (; i + kFold <= count; i += kFold) {
+#pragma omp simd
+    for (int64_t j = 0; j < kFold; ++j)
+      backward_element<float, kind, with_residual>(x, residual, grad_y, flags, out, out_residual, i + j, mean, scale,
+                                                    bias, a, b);
+  }
+  for (; i < count; ++i)
+    backward_element<float, kind, with_residual>(x, residual, grad_y, flags, out, out_residual, i, mean, scale, bias,
+                                                  a, b);
 }
 
 // Rows that lie side by side, forward; parameters and sums have `width` entries, and count may end within a row. Four

@@ -32,6 +32,100 @@ void backward_planes(const Pass& p, const Scratch& scratch, int64_t begin, int64
   }
 }
 
+// Some images of a lane, and some of their channels: what a thread takes of a tensor with small planes.
+struct Patch {
+  int64_t lane, group, first_image, last_image, first_channel, last_channel;
+};
+
+inline Patch patch_of(const BnMatchArguments& a, const Patches& t, int64_t index) {
+  const int64_t block = index % t.blocks, group = index / t.blocks % t.groups, lane = index / t.blocks / t.groups;
+  return {lane,
+          lane * t.groups + group,
+          lane * a.batch + a.batch * group / t.groups,
+          lane * a.batch + a.batch * (group + 1) / t.groups,
+          a.channels * block / t.blocks,
+          a.channels * (block + 1) / t.blocks};
+}
+
+// Planes from `c` on that are taken together: their results are one stretch of memory, and so are their bits.
+inline int64_t planes_together(const BnMatchArguments& a, const Patch& patch, int64_t c) {
+  const int64_t fit = a.plane % 8 == 0 ? kPart / a.plane : 1, left = patch.last_channel - c;
+  return fit < left ? fit : left;
+}
+
+template <typename Scalar, Activation kind, bool with_residual>
+void forward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int64_t end) {
+  constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
+  const BnMatchArguments& a = p.arguments;
+  for (int64_t index = begin; index < end; ++index) {
+    const Patch patch = patch_of(a, p.patches, index);
+    std::memset(scratch.sums, 0, static_cast<size_t>(2 * kFold * a.channels) * sizeof(float));
+    for (int64_t image = patch.first_image; image < patch.last_image; ++image)
+      for (int64_t first = patch.first_channel; first < patch.last_channel;) {
+        const int64_t planes = planes_together(a, patch, first), count = planes * a.plane;
+        const int64_t at = (image * a.channels + first) * a.plane;
+        const float* x = widened(static_cast<const Scalar*>(a.x) + at, scratch.inputs, count);
+        const float* residual =
+            with_residual ? widened(static_cast<const Scalar*>(a.residual) + at, scratch.inputs + kPart, count) : nullptr;
+        Scalar* y = static_cast<Scalar*>(a.y) + at;
+        float* out = in_place_or(y, scratch.block, p.streams);
+        for (int64_t k = 0, c = first; k < count; k += a.plane, ++c)
+          forward_small_plane<kind, with_residual>(x + k, with_residual ? residual + k : nullptr, out + k,
+                                                   scratch.flags + k, a.plane, p.mean[c], p.scale[c], p.bias[c],
+                                                   scratch.sums + 2 * kFold * c);
+        deliver(out, y, count, p.streams);
+        if (packs && a.mask)
+          pack_bits(scratch.flags, a.mask + (image * a.channels + first) * ((a.plane + 7) / 8), count);
+        first += planes;
+      }
+    for (int64_t c = patch.first_channel; c < patch.last_channel; ++c) {
+      const float *sum = scratch.sums + 2 * kFold * c, *square = sum + kFold;
+      float s = 0.0f, q = 0.0f;
+      for (int64_t j = 0; j < kFold; ++j) {
+        s += sum[j];
+        q += square[j];
+      }
+      p.sum[patch.group * a.channels + c] = s;
+      p.square[patch.group * a.channels + c] = q;
+    }
+  }
+}
+
+template <typename Scalar, Activation kind, bool with_residual>
+void backward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int64_t end) {
+  constexpr bool packed = with_residual && (kind == Activation::relu || kind == Activation::relu6);
+  constexpr bool reads_residual = with_residual && kind == Activation::silu;
+  const BnMatchArguments& a = p.arguments;
+  for (int64_t index = begin; index < end; ++index) {
+    const Patch patch = patch_of(a, p.patches, index);
+    const float *level = p.a + patch.lane * a.channels, *slope = p.b + patch.lane * a.channels;
+    for (int64_t image = patch.first_image; image < patch.last_image; ++image)
+      for (int64_t first = patch.first_channel; first < patch.last_channel;) {
+        const int64_t planes = planes_together(a, patch, first), count = planes * a.plane;
+        const int64_t at = (image * a.channels + first) * a.plane;
+        const float* x = widened(static_cast<const Scalar*>(a.x) + at, scratch.inputs, count);
+        const float* grad_y = widened(static_cast<const Scalar*>(a.grad_y) + at, scratch.inputs + kPart, count);
+        const float* residual =
+            reads_residual ? widened(static_cast<const Scalar*>(a.residual) + at, scratch.inputs + 2 * kPart, count)
+                           : nullptr;
+        Scalar* grad_x = static_cast<Scalar*>(a.grad_x) + at;
+        Scalar* grad_residual = with_residual ? static_cast<Scalar*>(a.grad_residual) + at : nullptr;
+        float* out = in_place_or(grad_x, scratch.block, p.streams);
+        float* out_residual = with_residual ? in_place_or(grad_residual, scratch.second_block, p.streams) : nullptr;
+        if (packed)
+          unpack_bits(a.mask + (image * a.channels + first) * ((a.plane + 7) / 8), scratch.flags, count);
+        for (int64_t k = 0, c = first; k < count; k += a.plane, ++c)
+          backward_small_plane<kind, with_residual>(x + k, reads_residual ? residual + k : nullptr, grad_y + k,
+                                                    scratch.flags + k, out + k,
+                                                    with_residual ? out_residual + k : nullptr, a.plane, p.mean[c],
+                                                    p.scale[c], p.bias[c], level[c], slope[c]);
+        deliver(out, grad_x, count, p.streams);
+        if (with_residual) deliver(out_residual, grad_residual, count, p.streams);
+        first += planes;
+      }
+  }
+}
+
 // Where a piece lies: element offsets from the start of the tensor, rows of `count` elements `pitch` apart.
 struct Place {
   int64_t first_row, last_row, block, lane;  // rows of the lane, and which of the blocks side by side
@@ -115,8 +209,9 @@ void backward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64
 
 template <typename Scalar, Activation kind, bool with_residual>
 Variant variant_of() {
-  return {forward_planes<Scalar, kind, with_residual>, forward_pieces<Scalar, kind, with_residual>,
-          backward_planes<Scalar, kind, with_residual>, backward_pieces<Scalar, kind, with_residual>};
+  return {forward_planes<Scalar, kind, with_residual>,  forward_patches<Scalar, kind, with_residual>,
+          forward_pieces<Scalar, kind, with_residual>,  backward_planes<Scalar, kind, with_residual>,
+          backward_patches<Scalar, kind, with_residual>, backward_pieces<Scalar, kind, with_residual>};
 }
 
 template <typename Scalar, bool with_residual>
