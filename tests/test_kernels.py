@@ -51,7 +51,7 @@ for kernel, constants in (
     built += compile(kernel, vectors, {"count": "fp32", "r_var": "fp32"}, constants)
 for kind in (triton.language.float32, triton.language.bfloat16):
     constants = {"KIND": kind, "CHUNK": perturb.CHUNK}
-    table = {"params": "*i64", "grads": "*i64", "sizes": "*i64", "partial": f32}
+    table = dict.fromkeys(["params", "grads", "owners", "starts", "sizes"], "*i64") | {"partial": f32}
     for kernel in (perturb._squares, perturb._step):
         built += compile(kernel, table, {"rho": "fp32", "tiny": "fp32"}, constants)
 pointers = dict.fromkeys(["base_index", "compensator_index", "shift", "partner"], "*i64") | dict.fromkeys(

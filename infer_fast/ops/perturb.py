@@ -31,8 +31,8 @@ def reference(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], rho
     schema="(Tensor(a!)[] params, Tensor[] grads, float rho, str backend) -> ()",
 )
 def _perturb(params, grads, rho, backend):
-    """The native and triton backends: contiguous parameters of one dtype."""
-    grads = [g.to(p.dtype).contiguous() for p, g in zip(params, grads, strict=True)]
+    """The native and triton backends: parameters of one dtype, each of a dense layout that its gradient is given."""
+    grads = [g.to(p.dtype).contiguous(memory_format=_layout(p)) for p, g in zip(params, grads, strict=True)]
     if backend == "triton":
         from infer_fast.kernels import perturb as kernels
 
@@ -44,6 +44,12 @@ def _perturb(params, grads, rho, backend):
         rho,
         torch.get_num_threads(),
     )
+
+
+def _layout(param: torch.Tensor) -> torch.memory_format | None:
+    """The layout in which the parameter fills its memory, or None if it does not."""
+    formats = (torch.contiguous_format, *((torch.channels_last,) if param.dim() == 4 else ()))
+    return next((f for f in formats if param.is_contiguous(memory_format=f)), None)
 
 
 @_perturb.register_fake
@@ -58,7 +64,7 @@ def perturb_(
     """theta += rho * g / (||g||_2 + 1e-12) in place, the norm over the whole list.
 
     params, grads: as many tensors each, pairwise of one shape; an empty list does nothing.
-    Parameters of mixed dtypes or layouts take the reference. Raises InferFastError when they don't pair up, or a forced
+    Parameters of mixed dtypes, or neither contiguous nor channels_last, take the reference. Raises InferFastError when they don't pair up, or a forced
     backend can't serve.
     """
     if [p.shape for p in params] != [g.shape for g in grads]:
@@ -66,7 +72,7 @@ def perturb_(
     if not params:
         return
     chosen = choose("perturb_", params[0], backend, DTYPES)
-    alike = all(p.is_contiguous() and p.dtype == params[0].dtype and p.device == params[0].device for p in params)
+    alike = all(_layout(p) and p.dtype == params[0].dtype and p.device == params[0].device for p in params)
     if chosen == "reference" or not alike:
         reference(params, grads, rho)
     else:

@@ -1,5 +1,7 @@
 """perturb_ against the formula."""
 
+import sys
+
 import pytest
 import torch
 
@@ -15,6 +17,19 @@ BACKENDS = [
     pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
 ]
 SHAPES = [[(3,)], [(4, 3, 3, 3), (4,), (1,), ()], [(0,), (5,)], [(0,)], [(9001,), (64, 130), (7,)]]
+
+
+@pytest.mark.parametrize("where", BACKENDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_last_weights_are_served_by_every_backend(generator, monkeypatch, where, layout):
+    backend, device = where
+    if backend != "reference":
+        monkeypatch.setattr(sys.modules["infer_fast.ops.perturb"], "reference", None)  # must not be called
+    weight = torch.randn(5, 3, 3, 2, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+    before, grad = weight.clone(), torch.randn(5, 3, 3, 2, generator=generator).to(device)
+    perturb_([weight], [grad.contiguous(memory_format=layout)], 0.3, backend=backend)
+    torch.testing.assert_close(weight, before + 0.3 * grad / grad.norm(), rtol=1e-6, atol=1e-6)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("where", BACKENDS)
