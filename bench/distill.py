@@ -23,7 +23,7 @@ from bench import measure, published
 from infer_fast.models import build
 from infer_fast.models.engine import capture
 from infer_fast.models.surgery import freeze_convolutions
-from infer_fast.models.train import at_precision
+from infer_fast.models.train import at_precision, processor_has_bfloat16
 from infer_fast.recipes import INFER_TEACHERS, RECIPES, SynthesisSettings
 from infer_fast.synthesis import Views, draw_views
 from infer_fast.synthesis.plan import make_plan
@@ -62,7 +62,7 @@ WHOLE_RUN = "cifar100-infer-ipc10"
 def main() -> None:
     options = measure.arguments(__doc__.splitlines()[0])
     on_gpu = torch.cuda.is_available()
-    precisions = ("float32", "tf32", "bfloat16") if on_gpu else ("float32", "bfloat16")
+    precisions = ("float32", *("tf32",) * on_gpu, *("bfloat16",) * (on_gpu or processor_has_bfloat16()))
     rates = {p: measure.matmul_rate(p, 2048 if options.quick or not on_gpu else 8192) for p in precisions}
     rows: list[dict] = []
 

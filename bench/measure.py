@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from infer_fast.models.train import at_precision
 from infer_fast.ops.backend import HAS_TRITON, native
@@ -45,15 +46,31 @@ def milliseconds_in_turn(
 
 
 def milliseconds(function: Callable[[], object], times: int) -> list[float]:
-    """Wall-clock milliseconds of each of `times` calls, after one that wakes threads and fills caches."""
+    """Milliseconds of each of `times` calls, after one that wakes threads and fills caches.
+
+    On a GPU they are taken on its own clock, between the call's first and last kernel: a wait for the host counts, the
+    wait for a synchronisation does not.
+    """
+    function()
+    if torch.cuda.is_available():
+        return _milliseconds_on_gpu(function, times)
     taken = []
-    for _ in range(times + 1):
-        synchronise()
+    for _ in range(times):
         began = time.perf_counter()
         function()
-        synchronise()
         taken.append(1e3 * (time.perf_counter() - began))
-    return taken[1:]
+    return taken
+
+
+def _milliseconds_on_gpu(function: Callable[[], object], times: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
+    synchronise()
+    for began, ended in events:
+        began.record()
+        function()
+        ended.record()
+    synchronise()
+    return [began.elapsed_time(ended) for began, ended in events]
 
 
 def in_turns(ways: dict[str, Callable[[int], list[float]]], rounds: int, each: int) -> dict[str, float]:
@@ -74,21 +91,28 @@ def copy_bandwidth(elements: int = 1 << 26) -> float:
     """Bytes per second of a float32 copy on the device, read and written bytes counted."""
     source = torch.randn(elements, device=device())
     target = torch.empty_like(source)
-    took = milliseconds_in_turn({"copy": lambda: target.copy_(source)}, 7)["copy"]
+    took = statistics.median(milliseconds(lambda: target.copy_(source), 7))
     return 2 * source.nbytes / (took / 1e3)
 
 
 def matmul_rate(precision: str, size: int) -> float:
-    """Floating-point operations per second of a size x size matrix product, in float32, tf32 or bfloat16."""
-    a, b = (torch.randn(size, size, device=device()) for _ in range(2))
+    """Floating-point operations per second of a size x size matrix product, in float32, tf32 or bfloat16.
+
+    The better of torch.mm and a 1x1 convolution of as much: on a CPU two libraries make them, and either may be slow.
+    """
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
+    image = a.t().reshape(1, size, size, 1).contiguous(memory_format=torch.channels_last)
 
     def multiply() -> None:
         with at_precision(device(), precision):
             torch.mm(a, b)
 
-    if precision == "bfloat16":
-        a, b = a.bfloat16(), b.bfloat16()
-    took = milliseconds_in_turn({"product": multiply}, 7)["product"]
+    def convolve() -> None:
+        with at_precision(device(), precision):
+            F.conv2d(image, b[:, :, None, None])
+
+    took = min(statistics.median(milliseconds(way, 7)) for way in (multiply, convolve))
     return 2 * size**3 / (took / 1e3)
 
 
@@ -97,6 +121,7 @@ def machine() -> dict[str, str | int]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "triton": version("triton") if HAS_TRITON else "none",
         "python": platform.python_version(),

@@ -78,7 +78,8 @@ class DistillOptions:
     chunk: int | None = None
     """images of a task in one pass (all are matched as one batch all the same); None: all, or what fits the memory"""
     precision: Precision = "auto"
-    """of the teachers' passes; auto: bfloat16 on a GPU, float32 elsewhere"""
+    """of the teachers' passes; auto: bfloat16 on a GPU, float32 elsewhere; fast: bfloat16 also on a processor with
+    instructions for it"""
     engine: Engine = "auto"
     """how an iteration is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     backend: Literal["auto", "reference", "native", "triton"] = "auto"

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+Precision = Literal["auto", "fast", "float32", "tf32", "bfloat16"]
 Engine = Literal["auto", "eager", "compile", "graph", "graph-compile"]  # see infer_fast.models.engine
 
 
@@ -41,7 +41,8 @@ class SqueezeSettings:
     engine: Engine = "auto"
     """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     precision: Precision = "auto"
-    """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
+    """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere; fast: bfloat16 also on
+    a processor with instructions for it"""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class StudentSettings:
     engine: Engine = "auto"
     """how a training step is run; auto: a CUDA graph on a GPU, eager elsewhere"""
     precision: Precision = "auto"
-    """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere"""
+    """of the network's passes, weights stay float32; auto: bfloat16 on a GPU, float32 elsewhere; fast: bfloat16 also on
+    a processor with instructions for it"""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ FASHION_MNIST = Recipe(
     dataset="fashion-mnist",
     arch_name=CONVNET_TEACHERS,
     ipc=10,
-    squeeze=SqueezeSettings(epochs=4, batch_size=128, lr=0.05, padding=2, precision="bfloat16"),
+    squeeze=SqueezeSettings(epochs=4, batch_size=128, lr=0.05, padding=2, precision="fast"),
     synthesis=SynthesisSettings(iterations=200, lr=0.1, jitter=2),
     compare="all",
     student=StudentSettings(
@@ -201,7 +203,7 @@ FASHION_MNIST = Recipe(
         temperature=4.0,
         mix_type="none",
         padding=2,
-        precision="bfloat16",
+        precision="fast",
     ),
 )
 

@@ -1,12 +1,18 @@
 """What the benchmarks share: tables, pictures, limits."""
 
 import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from bench import distill, measure, plot
+from bench.apart import Apart
 from infer_fast.models import build
 
 
@@ -30,6 +36,39 @@ def test_functions_are_timed_in_turn():
     calls = []
     taken = measure.milliseconds_in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert calls == ["a", "b"] * 4 and set(taken) == {"a", "b"} and min(taken.values()) >= 0
+
+
+def test_turns_have_several_calls_each():
+    calls = []
+
+    def way(name: str, times: int) -> list[float]:
+        calls.append((name, times))
+        return [float(len(calls))] * times
+
+    taken = measure.in_turns({n: partial(way, n) for n in "ab"}, rounds=3, each=2)
+    assert calls == [("a", 2), ("b", 2)] * 3 and taken == {"a": 3.0, "b": 4.0}
+
+
+def sleeper(seconds: float, file: Path) -> Callable[[], None]:
+    def sleep() -> None:
+        time.sleep(seconds)
+        with file.open("a") as out:
+            print(os.getpid(), file=out)
+
+    return sleep
+
+
+def test_a_way_is_timed_in_a_process_of_its_own(tmp_path):
+    file = tmp_path / "calls"
+    with Apart() as apart:
+        apart.make(sleeper, 0.02, file)
+        taken = apart.milliseconds(3)
+        with pytest.raises(RuntimeError, match="division"):
+            apart.make(divmod, 1, 0)
+    process = {int(line) for line in file.read_text().split()}
+    assert len(taken) == 3 and min(taken) >= 20
+    assert len(file.read_text().split()) == 4  # one to warm up
+    assert len(process) == 1 and process != {os.getpid()}
 
 
 def test_operations_of_an_iteration_are_those_of_its_convolutions():

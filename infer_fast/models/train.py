@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from infer_fast.errors import InferFastError
+from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models.engine import Replayed, choose_engine
 from infer_fast.recipes import Precision
 
@@ -20,7 +21,8 @@ PRECISIONS = get_args(Precision)
 
 
 def choose_precision(device: torch.device, precision: str) -> str:
-    """What `precision` means on `device`: auto is bfloat16 on CUDA and float32 elsewhere.
+    """What `precision` means on `device`: auto is bfloat16 on CUDA and float32 elsewhere; fast is bfloat16 also where
+    the processor has instructions for it. Warns of a bfloat16 that was asked for by name where it has none.
 
     Raises InferFastError for an unknown precision, or TF32 where no tensor core rounds to it.
     """
@@ -28,9 +30,17 @@ def choose_precision(device: torch.device, precision: str) -> str:
         raise InferFastError(f"{precision!r} is not a precision: choose one of {', '.join(PRECISIONS)}.")
     if precision == "tf32" and device.type != "cuda":
         raise InferFastError(f"tf32 is a mode of CUDA devices, this run is on {device.type}: choose float32.")
-    if precision == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
+    if precision in ("auto", "fast"):
+        pays = device.type == "cuda" or (precision == "fast" and processor_has_bfloat16())
+        return "bfloat16" if pays else "float32"
+    if precision == "bfloat16" and device.type == "cpu" and not processor_has_bfloat16():
+        warnings.warn("This processor emulates bfloat16: float32 is several times faster here.", InferFastWarning, 2)
     return precision
+
+
+def processor_has_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 kernels for this processor; emulated, they are slower than float32's."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

@@ -64,8 +64,8 @@ def perturb_(
     """theta += rho * g / (||g||_2 + 1e-12) in place, the norm over the whole list.
 
     params, grads: as many tensors each, pairwise of one shape; an empty list does nothing.
-    Parameters of mixed dtypes, or neither contiguous nor channels_last, take the reference. Raises InferFastError when they don't pair up, or a forced
-    backend can't serve.
+    Parameters of mixed dtypes, or neither contiguous nor channels_last, take the reference. Raises InferFastError when
+    they don't pair up, or a forced backend can't serve.
     """
     if [p.shape for p in params] != [g.shape for g in grads]:
         raise InferFastError(f"perturb_: {len(params)} parameters and {len(grads)} gradients don't pair up in shape.")

@@ -1,16 +1,30 @@
 """The training step: losses against their formulas, schedules, and learning something."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from infer_fast.data.images import Split
 from infer_fast.data.loader import Augmentation, feed, resident_split
-from infer_fast.errors import InferFastError
-from infer_fast.models import build
-from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict, soft_loss
+from infer_fast.errors import InferFastError, InferFastWarning
+from infer_fast.models import build, train
+from infer_fast.models.train import Schedule, accuracy, choose_precision, fit, hard_loss, predict, soft_loss
 from infer_fast.relabel import dynamic_labels
 from infer_fast.squeeze import Teacher
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_fast_is_bfloat16_where_the_processor_has_it(monkeypatch, supported):
+    monkeypatch.setattr(train, "processor_has_bfloat16", lambda: supported)
+    cpu = torch.device("cpu")
+    assert choose_precision(cpu, "fast") == ("bfloat16" if supported else "float32")
+    assert choose_precision(cpu, "auto") == "float32" and choose_precision(torch.device("cuda"), "fast") == "bfloat16"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert choose_precision(cpu, "bfloat16") == "bfloat16"  # asked for by name: it is done
+    assert [w.category for w in caught] == [InferFastWarning] * (not supported)
 
 
 def test_soft_loss_is_kl_of_tempered_softmaxes_without_t_squared(generator):
