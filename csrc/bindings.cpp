@@ -206,5 +206,7 @@ PYBIND11_MODULE(_native, module) {
              "Has the process keep freed memory for its next tensors. False where the C library can't.");
   module.def("limit_instruction_set", &infer_fast::limit_instruction_set,
              "0: portable code, 1: at most AVX2, 2: at most AVX-512. Returns what is in use. For tests.");
+  module.def("stream_results_from", &infer_fast::stream_results_from,
+             "bn_match writes results of so many bytes past the caches; negative: as it does by itself. For tests.");
   module.def("perturb", &perturb, "See infer_fast.ops.perturb_.");
 }

@@ -214,10 +214,13 @@ int64_t last_cache() {
   return bytes;
 }
 
+std::atomic<int64_t> streamed_bytes{-1};  // what stream_results_from() asked for; negative: half the last cache
+
 // Results that the caches can't hold beside x until the next layer reads them are better written past them.
 bool streams(const BnMatchArguments& a) {
   static const int64_t cache = last_cache();
-  return 2 * a.lanes * a.batch * a.channels * a.plane * (a.is_bfloat16 ? 2 : 4) >= cache;
+  const int64_t asked = streamed_bytes.load();
+  return a.lanes * a.batch * a.channels * a.plane * (a.is_bfloat16 ? 2 : 4) >= (asked < 0 ? cache / 2 : asked);
 }
 
 int64_t parameter_count(const BnMatchArguments& a, const Rows& r) { return by_rows(a) ? r.parameters : a.channels; }
@@ -325,6 +328,8 @@ int limit_instruction_set(int limit) {
   instruction_limit = std::max(0, limit);
   return instruction_set();
 }
+
+void stream_results_from(int64_t bytes) { streamed_bytes = bytes; }
 
 int64_t bn_match_mask_bytes(const BnMatchArguments& a) {
   const int64_t image = a.channels * a.plane;

@@ -1,6 +1,7 @@
 """The native module: wrong arguments end in exceptions, every instruction set gives the same answer."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -15,27 +16,65 @@ pytestmark = pytest.mark.skipif(native() is None, reason="no compiler")
 CALLS = 10_000
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (4, 16, 9, 8), (4, 70, 1, 3)])
-def test_every_instruction_set_gives_the_same_answer(generator, layout, shape):
+@pytest.fixture
+def as_before():
+    """Puts back what the tests below change for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    native().limit_instruction_set(2)
+    native().stream_results_from(-1)
+
+
+# Planes of a few elements, of some, of many; several groups of images; blocks of rows; a tail everywhere.
+SHAPES = [(6, 5, 3, 3), (4, 16, 9, 8), (4, 70, 1, 3), (22, 3, 16, 16), (4, 70, 4, 4), (4, 3, 7, 7), (2, 3, 31, 33)]
+
+
+def every_way(shape, layout, dtype, generator):
+    """For each activation, with and without a residual: a function that gives y, penalty and gradients in float64."""
     c = shape[1]
     vectors = [torch.randn(c, generator=generator) for _ in range(3)] + [torch.rand(c, generator=generator) + 0.1]
+    x, given = (torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+
+    def answer(activation, with_residual):
+        inputs = [
+            t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, given)[: 1 + with_residual]
+        ]
+        residual = inputs[1] if with_residual else None
+        options = {"residual": residual, "activation": activation, "lanes": 2, "backend": "native"}
+        y, penalty = bn_match(inputs[0], *vectors, 1e-5, **options)
+        grads = torch.autograd.grad(y.float().square().sum() + penalty.sum(), inputs)
+        return [t.detach().double() for t in (y, penalty, *grads)]
+
+    return [partial(answer, a, r) for a in ("none", "relu", "relu6", "silu") for r in (False, True)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_instruction_set_gives_the_same_answer(generator, as_before, layout, shape):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
-        for activation in ("none", "relu", "relu6", "silu"):
-            for residual in (None, torch.randn_like(x)):
-                results = []
-                for limit in (0, 1, 2):
-                    native().limit_instruction_set(limit)
-                    own = x.clone(memory_format=torch.preserve_format).requires_grad_()
-                    y, penalty = bn_match(
-                        own, *vectors, 1e-5, residual=residual, activation=activation, lanes=2, backend="native"
-                    )
-                    (grad,) = torch.autograd.grad(y.float().square().sum() + penalty.sum(), own)
-                    results.append([t.detach().double() for t in (y, penalty, grad)])
-                for other in results[1:]:
-                    for a, b in zip(results[0], other, strict=True):
-                        assert (a - b).norm() <= tolerance * a.norm()
+        for way in every_way(shape, layout, dtype, generator):
+            results = []
+            for limit in (0, 1, 2):
+                native().limit_instruction_set(limit)
+                results.append(way())
+            for other in results[1:]:
+                for a, b in zip(results[0], other, strict=True):
+                    assert (a - b).norm() <= tolerance * a.norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [*SHAPES, (34, 40, 16, 16)])
+def test_threads_and_writes_past_the_caches_change_no_bit(generator, as_before, layout, shape):
+    for dtype in (torch.float32, torch.bfloat16):
+        for way in every_way(shape, layout, dtype, generator):
+            results = []
+            for threads, stream_from in ((1, -1), (2, -1), (5, -1), (2, 0)):
+                torch.set_num_threads(threads)
+                native().stream_results_from(stream_from)
+                results.append(way())
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def random_tensor(chooser):
