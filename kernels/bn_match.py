@@ -1,7 +1,8 @@
 """bn_match on CUDA: eval-mode BatchNorm, residual, activation and the statistics penalty.
 
 Forward reads x once: each program takes one channel (or a block of channels, channels_last) of some images of one lane,
-writes y and its partial sums of d = x - running_mean and d*d; a second, tiny kernel adds them up to
+writes y and its partial sums of d = x - running_mean and d*d; a second, tiny kernel (two, if they are many) adds them
+up to
 
     mean - running_mean = sum(d)/n,   var = sum(d*d)/n - (sum(d)/n)^2,
     penalty = r_var * ||var - running_var||_2 + ||mean - running_mean||_2.
@@ -25,6 +26,7 @@ PROGRAM_ELEMENTS = (2048, 16384)  # least and most that a program goes through: 
 PROGRAMS = 1024  # programs to aim for between those: several for each multiprocessor
 MOST_SPLITS = 1024
 SPLITS, CHANNELS = 128, 64  # the tile in which partial sums are added up
+MOST_WHOLE = 32768  # sums of a lane, at most, that one program adds up
 
 
 def _interpreted() -> bool:
@@ -88,10 +90,22 @@ def _place(lane, outer, inner, images, channels, plane, channel, ROWS: tl.conste
 
 
 @triton.jit
-def _channel(weight, bias, running_mean, running_var, eps, c, known, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+def _channels(channel, channels, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The program's channels and which of them exist: a row (1, BLOCK) for channels_last, else one number."""
+    if ROWS:
+        c = channel * BLOCK + tl.arange(0, BLOCK)[None, :]
+        known = c < channels
+    else:
+        c = channel
+        known = channel < channels
+    return c, known
+
+
+@triton.jit
+def _parameters(weight, bias, running_mean, running_var, eps, c, known, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
     """(mean, scale, bias) of channels c."""
     mean = tl.load(running_mean + c, mask=known, other=0.0)
-    scale = 1 / tl.sqrt_rn(tl.load(running_var + c, mask=known, other=1.0) + eps)
+    scale = tl.rsqrt(tl.load(running_var + c, mask=known, other=1.0) + eps)
     if WEIGHT:
         scale = scale * tl.load(weight + c, mask=known, other=0.0)
     shift = tl.load(bias + c, mask=known, other=0.0) if BIAS else mean * 0
@@ -107,100 +121,106 @@ def _forward_kernel(
     OUTER: tl.constexpr = TILE // BLOCK if TILE > BLOCK else 1
     split, lane = tl.program_id(1), tl.program_id(2)
     channel = tl.program_id(0)
-    inner = tl.arange(0, BLOCK)
-    if ROWS:
-        c = channel * BLOCK + inner  # (BLOCK,)
-        known = c < channels
-        outers = images * plane
-    else:
-        c = channel + inner * 0
-        known = inner >= 0
-        outers = images
-    mean, scale, shift = _channel(weight, bias, running_mean, running_var, eps, c, known, WEIGHT, BIAS)
+    outers = images * plane if ROWS else images
+    c, known = _channels(channel, channels, BLOCK, ROWS)
+    mean, scale, shift = _parameters(weight, bias, running_mean, running_var, eps, c, known, WEIGHT, BIAS)
     first, last = _span(split, splits, outers)
     total = tl.zeros((OUTER, BLOCK), tl.float32)
     square = tl.zeros((OUTER, BLOCK), tl.float32)
     for start in range(first, last, OUTER):
         outer = start + tl.arange(0, OUTER)
         for begin in range(0, 1 if ROWS else plane, BLOCK):
-            at = c if ROWS else begin + inner
-            inside = (outer < last)[:, None] & (known if ROWS else at < plane)[None, :]
+            side = channel * BLOCK if ROWS else begin
+            at = side + tl.arange(0, BLOCK)
+            inside = (outer < last)[:, None] & (at < (channels if ROWS else plane))[None, :]
             place = _place(lane, outer, at, images, channels, plane, channel, ROWS)
-            d = tl.where(inside, tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean[None, :], 0.0)
+            d = tl.where(inside, tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean, 0.0)
             total += d
             square += d * d
-            z = d * scale[None, :] + shift[None, :]
+            z = d * scale + shift
             if RESIDUAL:
                 z += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
             if MASK:
-                _store_bits(mask, z, inside, lane, outer, at, images, channels, plane, channel, ACTIVATION, ROWS)
+                _store_bits(
+                    mask, z, inside, lane, outer, last, side, images, channels, plane, channel, ACTIVATION, ROWS
+                )
             tl.store(y + place, _activate(z, ACTIVATION).to(y.dtype.element_ty), mask=inside)
     sums = partial + ((lane * splits + split) * 2).to(tl.int64) * channels
     if ROWS:
-        tl.store(sums + c, tl.sum(total, 0), mask=known)
-        tl.store(sums + channels + c, tl.sum(square, 0), mask=known)
+        tl.store(sums + c, tl.sum(total, 0)[None, :], mask=known)
+        tl.store(sums + channels + c, tl.sum(square, 0)[None, :], mask=known)
     else:
         tl.store(sums + channel, tl.sum(total))
         tl.store(sums + channels + channel, tl.sum(square))
 
 
 @triton.jit
+def _lines(lane, outer, images, channels, plane, channel, ROWS: tl.constexpr):
+    """Where the tile's pixels (ROWS) or planes stand among all of the tensor's."""
+    if ROWS:
+        return lane.to(tl.int64) * images * plane + outer
+    return (lane.to(tl.int64) * images + outer) * channels + channel
+
+
+@triton.jit
 def _store_bits(
-    mask, z, inside, lane, outer, at, images, channels, plane, channel, ACTIVATION: tl.constexpr, ROWS: tl.constexpr
-):
+    mask, z, inside, lane, outer, last, side, images, channels, plane, channel, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
     """The bits of act'(z), 8 elements to a byte; each plane (or channels_last pixel) starts at a byte of its own."""
     OUTER: tl.constexpr = z.shape[0]
     BYTES: tl.constexpr = z.shape[1] // 8
     flags = tl.where(inside, _derivative(z, ACTIVATION), 0.0).to(tl.int32)
     bits = tl.reshape(flags, (OUTER, BYTES, 8)) << tl.arange(0, 8)[None, None, :]
     packed = tl.sum(bits, 2)
-    width = channels if ROWS else plane
-    byte = tl.min(at, 0) // 8 + tl.arange(0, BYTES)
-    line = (
-        lane.to(tl.int64) * images * plane + outer
-        if ROWS
-        else (lane.to(tl.int64) * images + outer) * channels + channel
-    )
-    whole = (line * tl.cdiv(width, 8))[:, None] + byte[None, :]
-    outers = tl.max(inside.to(tl.int32), 1) > 0
-    tl.store(mask + whole, packed.to(tl.uint8), mask=outers[:, None] & (byte < tl.cdiv(width, 8))[None, :])
+    width = tl.cdiv(channels if ROWS else plane, 8)
+    byte = side // 8 + tl.arange(0, BYTES)
+    place = _lines(lane, outer, images, channels, plane, channel, ROWS)[:, None] * width + byte[None, :]
+    tl.store(mask + place, packed.to(tl.uint8), mask=(outer < last)[:, None] & (byte < width)[None, :])
 
 
 @triton.jit
 def _load_bits(mask, inside, lane, outer, at, images, channels, plane, channel, ROWS: tl.constexpr):
-    width = channels if ROWS else plane
-    line = (
-        lane.to(tl.int64) * images * plane + outer
-        if ROWS
-        else (lane.to(tl.int64) * images + outer) * channels + channel
-    )
-    whole = (line * tl.cdiv(width, 8))[:, None] + (at // 8)[None, :]
-    return (tl.load(mask + whole, mask=inside, other=0).to(tl.int32) >> (at % 8)[None, :]) & 1
+    width = tl.cdiv(channels if ROWS else plane, 8)
+    place = _lines(lane, outer, images, channels, plane, channel, ROWS)[:, None] * width + (at // 8)[None, :]
+    return (tl.load(mask + place, mask=inside, other=0).to(tl.int32) >> (at % 8)[None, :]) & 1
 
 
 @triton.jit
-def _finish(partial, running_var, mean, var, norms, channels, splits, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds up the partial sums of one lane and one block of channels in a fixed order: statistics and squared norms."""
+def _finish(
+    partial, running_var, mean, var, norms, penalty, channels, splits, count, r_var,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Adds up the partial sums of one lane in a fixed order: statistics, and the penalty (WHOLE: one program takes all
+    channels) or one block of channels' squared norms, for _penalty to add up."""
     lane, block = tl.program_id(0), tl.program_id(1)
-    c = block * BLOCK + tl.arange(0, BLOCK)
-    known = c < channels
-    total = tl.zeros((BLOCK,), tl.float32)
-    square = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, splits, SPLITS):
-        split = begin + tl.arange(0, SPLITS)
-        inside = (split < splits)[:, None] & known[None, :]
-        sums = partial + ((lane * splits + split) * 2).to(tl.int64)[:, None] * channels + c[None, :]
-        total += tl.sum(tl.load(sums, mask=inside, other=0.0), 0)
-        square += tl.sum(tl.load(sums + channels, mask=inside, other=0.0), 0)
-    m = total / count
-    v = square / count - m * m
-    v = tl.where(v < 0, 0.0, v)  # rounding; NaN stays
-    tl.store(mean + lane * channels + c, m, mask=known)
-    tl.store(var + lane * channels + c, v, mask=known)
-    difference = tl.where(known, v - tl.load(running_var + c, mask=known, other=0.0), 0.0)
-    place = norms + (lane * tl.num_programs(1) + block) * 2
-    tl.store(place, tl.sum(m * m))
-    tl.store(place + 1, tl.sum(difference * difference))
+    mean_norm = tl.zeros((BLOCK,), tl.float32)
+    var_norm = tl.zeros((BLOCK,), tl.float32)
+    for first in range(block * BLOCK, channels if WHOLE else (block + 1) * BLOCK, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        known = c < channels
+        total = tl.zeros((BLOCK,), tl.float32)
+        square = tl.zeros((BLOCK,), tl.float32)
+        for begin in range(0, splits, SPLITS):
+            split = begin + tl.arange(0, SPLITS)
+            inside = (split < splits)[:, None] & known[None, :]
+            sums = partial + ((lane * splits + split) * 2).to(tl.int64)[:, None] * channels + c[None, :]
+            total += tl.sum(tl.load(sums, mask=inside, other=0.0), 0)
+            square += tl.sum(tl.load(sums + channels, mask=inside, other=0.0), 0)
+        m = total / count
+        v = square / count - m * m
+        v = tl.where(v < 0, 0.0, v)  # rounding; NaN stays
+        tl.store(mean + lane * channels + c, m, mask=known)
+        tl.store(var + lane * channels + c, v, mask=known)
+        difference = tl.where(known, v - tl.load(running_var + c, mask=known, other=0.0), 0.0)
+        mean_norm += m * m
+        var_norm += difference * difference
+    if WHOLE:
+        tl.store(penalty + lane, r_var * tl.sqrt_rn(tl.sum(var_norm)) + tl.sqrt_rn(tl.sum(mean_norm)))
+    else:
+        place = norms + (lane * tl.num_programs(1) + block) * 2
+        tl.store(place, tl.sum(mean_norm))
+        tl.store(place + 1, tl.sum(var_norm))
 
 
 @triton.jit
@@ -250,38 +270,31 @@ def _backward_kernel(
     OUTER: tl.constexpr = TILE // BLOCK if TILE > BLOCK else 1
     split, lane = tl.program_id(1), tl.program_id(2)
     channel = tl.program_id(0)
-    inner = tl.arange(0, BLOCK)
-    if ROWS:
-        c = channel * BLOCK + inner
-        known = c < channels
-        outers = images * plane
-    else:
-        c = channel + inner * 0
-        known = inner >= 0
-        outers = images
-    mean, scale, shift = _channel(weight, bias, running_mean, running_var, eps, c, known, WEIGHT, BIAS)
+    outers = images * plane if ROWS else images
+    c, known = _channels(channel, channels, BLOCK, ROWS)
+    mean, scale, shift = _parameters(weight, bias, running_mean, running_var, eps, c, known, WEIGHT, BIAS)
     a = tl.load(coefficients + lane * 2 * channels + c, mask=known, other=0.0)
     b = tl.load(coefficients + (lane * 2 + 1) * channels + c, mask=known, other=0.0)
     first, last = _span(split, splits, outers)
     for start in range(first, last, OUTER):
         outer = start + tl.arange(0, OUTER)
         for begin in range(0, 1 if ROWS else plane, BLOCK):
-            at = c if ROWS else begin + inner
-            inside = (outer < last)[:, None] & (known if ROWS else at < plane)[None, :]
+            at = (channel * BLOCK if ROWS else begin) + tl.arange(0, BLOCK)
+            inside = (outer < last)[:, None] & (at < (channels if ROWS else plane))[None, :]
             place = _place(lane, outer, at, images, channels, plane, channel, ROWS)
-            d = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+            d = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean
             g = tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
             if MASK:
                 bits = _load_bits(mask, inside, lane, outer, at, images, channels, plane, channel, ROWS)
                 g = tl.where(bits != 0, g, 0.0)
             elif ACTIVATION != 0:
-                z = d * scale[None, :] + shift[None, :]
+                z = d * scale + shift
                 if RESIDUAL:
                     z += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
                 g = g * _derivative(z, ACTIVATION)
             if RESIDUAL:
                 tl.store(grad_residual + place, g.to(grad_x.dtype.element_ty), mask=inside)
-            dx = g * scale[None, :] + (a[None, :] + b[None, :] * d)
+            dx = g * scale + (a + b * d)
             tl.store(grad_x + place, dx.to(grad_x.dtype.element_ty), mask=inside)
 
 
@@ -308,13 +321,23 @@ def forward(x, residual, weight, bias, running_mean, running_var, eps, activatio
         ROWS=rows,
         BLOCK=block,
     )
-    blocks = triton.cdiv(channels, CHANNELS)
-    norms = x.new_empty((lanes, blocks, 2), dtype=torch.float32)
-    count = float(images * plane)
+    _add_up(partial, running_var, mean, var, penalty, float(images * plane), r_var)
+
+
+def _add_up(partial, running_var, mean, var, penalty, count: float, r_var: float) -> None:
+    """Statistics and penalty from the partial sums: one launch, or two where one program a lane would take too long."""
+    lanes, splits, _, channels = partial.shape
+    whole = splits * channels <= MOST_WHOLE
+    height = min(SPLITS, triton.next_power_of_2(splits))
+    width = min(SPLITS * CHANNELS // height, triton.next_power_of_2(channels)) if whole else CHANNELS
+    blocks = 1 if whole else triton.cdiv(channels, width)
+    norms = partial.new_empty((lanes, blocks, 2))
     _finish[(lanes, blocks)](
-        partial, running_var, mean, var, norms, channels, splits, count, SPLITS=SPLITS, BLOCK=CHANNELS
-    )
-    _penalty[(lanes,)](norms, penalty, blocks, r_var, BLOCK=triton.next_power_of_2(blocks))
+        partial, running_var, mean, var, norms, penalty, channels, splits, count, r_var,
+        SPLITS=height, BLOCK=width, WHOLE=whole, num_warps=8,
+    )  # fmt: skip
+    if not whole:
+        _penalty[(lanes,)](norms, penalty, blocks, r_var, BLOCK=triton.next_power_of_2(blocks))
 
 
 def backward(

@@ -285,3 +285,28 @@ def test_arguments_that_do_not_fit_are_named(generator):
         bn_match(x, weight, bias, mean, var, 1e-5, residual=x[:, :2])
     with pytest.raises(InferFastError, match=r"\(lanes\*B, C, H, W\)"):
         bn_match(x[0], weight, bias, mean, var, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("most_whole", [0, 1 << 30], ids=["blocks of channels", "one program a lane"])
+@pytest.mark.parametrize("lanes, splits, channels", [(1, 1, 1), (2, 3, 70), (3, 150, 9), (1, 2, 5000), (2, 140, 70)])
+def test_partial_sums_add_up_to_statistics_and_penalty(
+    generator, monkeypatch, device, most_whole, lanes, splits, channels
+):
+    from infer_fast.kernels import bn_match as kernels
+
+    monkeypatch.setattr(kernels, "MOST_WHOLE", most_whole)
+    count, r_var = 1000.0 * splits, 2.5
+    sums = draw(generator, lanes, splits, channels) * 1000
+    squares = draw(generator, lanes, splits, channels).abs() * 1000 + 1000
+    running_var = draw(generator, channels).abs()
+    outputs = [torch.empty(shape, device=device) for shape in ((lanes, channels), (lanes, channels), (lanes,))]
+    partial = torch.stack([sums, squares], 2).float().to(device)
+    kernels._add_up(partial, running_var.float().to(device), *outputs, count, r_var)
+    mean = sums.sum(1) / count
+    var = (squares.sum(1) / count - mean**2).clamp(min=0)
+    expected = mean, var, r_var * (var - running_var).norm(dim=1) + mean.norm(dim=1)
+    for got, exact in zip(outputs, expected, strict=True):
+        assert relative_error(got.cpu(), exact) < 1e-5
