@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 8192  # elements of one program
+CHUNK, WARPS = 4096, 8  # elements and warps of one program
 TINY = 1e-12
 
 
@@ -79,5 +79,5 @@ def perturb(params: list[torch.Tensor], grads: list[torch.Tensor], rho: float) -
     addresses = addresses.to(device, non_blocking=True)  # (2, tensors)
     partial = torch.empty(count, dtype=torch.float32, device=device)
     kind = KINDS[params[0].dtype]
-    _squares[(count,)](addresses[1], *chunks, partial, KIND=kind, CHUNK=CHUNK, num_warps=8)
-    _step[(count,)](*addresses, *chunks, partial, count, rho, TINY, KIND=kind, CHUNK=CHUNK, num_warps=8)
+    _squares[(count,)](addresses[1], *chunks, partial, KIND=kind, CHUNK=CHUNK, num_warps=WARPS)
+    _step[(count,)](*addresses, *chunks, partial, count, rho, TINY, KIND=kind, CHUNK=CHUNK, num_warps=WARPS)
