@@ -165,6 +165,16 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, kept, weight, bias, running_mean, running_var, mean, var, mask)
     ctx.rest = (eps, activation, lanes, r_var, backend, residual is not None)
     ctx.mark_non_differentiable(own_mean, own_var, mask)
+    ctx.set_materialize_grads(False)  # else each backward fills zeros for the three that have no gradient
+
+
+def _gradients(backward, ctx, grad_y, grad_penalty) -> tuple:
+    """What autograd takes for the forward's inputs; a gradient that did not come is zero."""
+    saved, (_, _, lanes, *_, has_residual) = ctx.saved_tensors, ctx.rest
+    grad_y = torch.zeros_like(saved[0]) if grad_y is None else grad_y
+    grad_penalty = saved[0].new_zeros(lanes, dtype=torch.float32) if grad_penalty is None else grad_penalty
+    grad_x, grad_residual = backward(grad_y, grad_penalty, *saved, *ctx.rest)
+    return grad_x, grad_residual if has_residual else None, *[None] * 11
 
 
 _forward = torch.library.custom_op(
@@ -189,8 +199,7 @@ _backward.register_fake(_empty_gradients)
 
 
 def _operator_autograd(ctx, grad_y, grad_penalty, *_):
-    grad_x, grad_residual = _backward(grad_y, grad_penalty, *ctx.saved_tensors, *ctx.rest)
-    return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 11
+    return _gradients(_backward, ctx, grad_y, grad_penalty)
 
 
 _forward.register_autograd(_operator_autograd, setup_context=_setup_context)
@@ -207,8 +216,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, grad_penalty, *_):
-        grad_x, grad_residual = _run_backward(grad_y, grad_penalty, *ctx.saved_tensors, *ctx.rest)
-        return grad_x, grad_residual if ctx.rest[-1] else None, *[None] * 11
+        return _gradients(_run_backward, ctx, grad_y, grad_penalty)
 
 
 def bn_match(

@@ -310,3 +310,26 @@ def test_partial_sums_add_up_to_statistics_and_penalty(
     expected = mean, var, r_var * (var - running_var).norm(dim=1) + mean.norm(dim=1)
     for got, exact in zip(outputs, expected, strict=True):
         assert relative_error(got.cpu(), exact) < 1e-5
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("used", ["y", "penalty"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "operator"])
+def test_an_output_that_nothing_depends_on_adds_nothing(generator, where, used, with_residual, compiled):
+    backend, device = where
+    parts = [t.to(device) for t in arguments((6, 5, 4, 3), generator, torch.float32)]
+    residual = draw(generator, 6, 5, 4, 3).float().to(device) if with_residual else None
+
+    def gradients(backend):
+        inputs = [t.clone().requires_grad_() for t in (parts[0], residual) if t is not None]
+        x, given = inputs[0], inputs[1] if with_residual else None
+        if compiled and backend != "reference":
+            y, penalty, *_ = _forward(x, given, *parts[1:], None, None, 1e-5, "relu", 3, 1.0, backend)
+        else:
+            y, penalty = bn_match(x, *parts[1:], 1e-5, residual=given, activation="relu", lanes=3, backend=backend)
+        output = y if used == "y" else penalty
+        return torch.autograd.grad(output.square().sum(), inputs, allow_unused=True, materialize_grads=True)
+
+    for got, expected in zip(gradients(backend), gradients("reference"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
