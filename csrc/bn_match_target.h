@@ -164,6 +164,7 @@ void forward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64_
       const int64_t at = place.lane * r.lane_elements + row * r.pitch + place.parameters;
       Scalar* y = static_cast<Scalar*>(a.y) + at;
       float* out = in_place_or(y, scratch.block, p.streams);
+      if (p.streams && row + rows < place.last_row) fetch(static_cast<const Scalar*>(a.x) + at + count, count);
       forward_rows<Scalar, kind, with_residual>(
           static_cast<const Scalar*>(a.x) + at, with_residual ? static_cast<const Scalar*>(a.residual) + at : nullptr,
           out, scratch.flags, count, r.width, p.mean + place.parameters, p.scale + place.parameters,
