@@ -58,6 +58,12 @@ def value_and_gradients(parts, residual, upstream, **options):
     return y, penalty, *torch.autograd.grad(loss, inputs)
 
 
+def away_from_corners(parts, residual):
+    """0 where rounding can move the activation's input over a corner (two right answers differ by a whole gradient)."""
+    z, _ = bn_match(*parts, 1e-5, residual=residual)
+    return (z.abs() > 1e-5) & ((z - 6).abs() > 1e-5)
+
+
 def relative_error(ours, exact, least=0.0):
     """Norm of the difference over norm; least: what an element's share of the norm counts as, at least."""
     exact = exact.double()
@@ -126,9 +132,10 @@ def test_backends_equal_the_float64_reference(generator, where, shape, layout, d
             residual = draw(generator, *shape).to(dtype) if with_residual else None
             options = {"activation": activation, "lanes": lanes, "r_var": 11.0}
             on_device = None if residual is None else residual.to(device).contiguous(memory_format=LAYOUTS[layout])
-            ours = value_and_gradients(parts, on_device, [u.to(device) for u in upstream], backend=backend, **options)
             exact_residual = None if residual is None else residual.double()
-            exact = value_and_gradients(exact_parts, exact_residual, upstream, backend="reference", **options)
+            given = upstream[0] * away_from_corners(exact_parts, exact_residual), upstream[1]
+            ours = value_and_gradients(parts, on_device, [u.to(device) for u in given], backend=backend, **options)
+            exact = value_and_gradients(exact_parts, exact_residual, given, backend="reference", **options)
             assert ours[0].dtype == dtype and ours[0].stride() == parts[0].stride()
             forward, gradient = TOLERANCE[dtype]
             # y adds terms around 1: where all of a few elements cancel, their rounding is all there is to compare.
