@@ -319,6 +319,9 @@ void run(const Pass& pass, Work planes, Work patches, Work pieces, int threads) 
     float *own = floats.get() + part * floats_each, *block = own + sums_each;
     const Scratch scratch{own, flags.data() + part * flags_each, block, block + each, block + 2 * each};
     work(pass, scratch, begin, end);
+#ifdef __SSE2__
+    if (pass.streams) _mm_sfence();  // writes past the caches are in no order with those that tell of them
+#endif
   });
 }
 
