@@ -148,8 +148,13 @@ struct Scratch {
 // Does the planes, patches or pieces begin..end.
 using Work = void (*)(const Pass&, const Scratch&, int64_t begin, int64_t end);
 
+// By how the tensor is cut.
+struct Works {
+  Work planes, patches, pieces;
+};
+
 struct Variant {
-  Work forward_planes, forward_patches, forward_pieces, backward_planes, backward_patches, backward_pieces;
+  Works forward, backward;
 };
 
 #define INFER_FAST_TARGET generic
@@ -302,7 +307,7 @@ void gradient_coefficients(const BnMatchArguments& g, const Rows& r, std::vector
   }
 }
 
-void run(const Pass& pass, Work planes, Work patches, Work pieces, int threads) {
+void run(const Pass& pass, const Works& works, int threads) {
   const BnMatchArguments& a = pass.arguments;
   const Rows& r = pass.rows;
   const int64_t each = std::max(r.width * r.run, kPart), flags_each = each + 8;
@@ -310,7 +315,7 @@ void run(const Pass& pass, Work planes, Work patches, Work pieces, int threads) 
   const int64_t floats_each = sums_each + 2 * each + 3 * kPart;
   std::unique_ptr<float[]> floats(new float[static_cast<size_t>(floats_each * threads)]);  // written before it is read
   std::vector<uint8_t> flags(static_cast<size_t>(flags_each * threads));
-  const Work work = by_rows(a) ? pieces : by_patches(a) ? patches : planes;
+  const Work work = by_rows(a) ? works.pieces : by_patches(a) ? works.patches : works.planes;
   const int64_t count = by_rows(a)      ? a.lanes * r.per_lane * r.blocks
                         : by_patches(a) ? a.lanes * pass.patches.groups * pass.patches.blocks
                                         : a.lanes * a.batch * a.channels;
@@ -348,8 +353,7 @@ void bn_match_forward(const BnMatchArguments& a, int threads) {
   std::vector<double> sum(static_cast<size_t>(a.lanes * slots * a.channels)), square(sum.size());
   const Pass pass{a,       rows,    patches,    parameters.mean.data(), parameters.scale.data(), parameters.bias.data(),
                   nullptr, nullptr, sum.data(), square.data(),          streams(a)};
-  const Variant variant = choose(a);
-  run(pass, variant.forward_planes, variant.forward_patches, variant.forward_pieces, threads);
+  run(pass, choose(a).forward, threads);
   finish_statistics(a, sum, square, slots);
 }
 
@@ -360,8 +364,7 @@ void bn_match_backward(const BnMatchArguments& g, int threads) {
   gradient_coefficients(g, rows, a, b);
   const Pass pass{g,        rows,     patches_of(g, threads), parameters.mean.data(), parameters.scale.data(),
                   parameters.bias.data(), a.data(), b.data(), nullptr, nullptr, streams(g)};
-  const Variant variant = choose(g);
-  run(pass, variant.backward_planes, variant.backward_patches, variant.backward_pieces, threads);
+  run(pass, choose(g).backward, threads);
 }
 
 }  // namespace infer_fast

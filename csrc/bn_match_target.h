@@ -59,7 +59,7 @@ void forward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int64
   const BnMatchArguments& a = p.arguments;
   for (int64_t index = begin; index < end; ++index) {
     const Patch patch = patch_of(a, p.patches, index);
-    std::memset(scratch.sums, 0, static_cast<size_t>(2 * kFold * a.channels) * sizeof(float));
+    for (int64_t i = 2 * kFold * patch.first_channel; i < 2 * kFold * patch.last_channel; ++i) scratch.sums[i] = 0.0f;
     for (int64_t image = patch.first_image; image < patch.last_image; ++image)
       for (int64_t first = patch.first_channel; first < patch.last_channel;) {
         const int64_t planes = planes_together(a, patch, first), count = planes * a.plane;
@@ -210,9 +210,10 @@ void backward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64
 
 template <typename Scalar, Activation kind, bool with_residual>
 Variant variant_of() {
-  return {forward_planes<Scalar, kind, with_residual>,  forward_patches<Scalar, kind, with_residual>,
-          forward_pieces<Scalar, kind, with_residual>,  backward_planes<Scalar, kind, with_residual>,
-          backward_patches<Scalar, kind, with_residual>, backward_pieces<Scalar, kind, with_residual>};
+  return {{forward_planes<Scalar, kind, with_residual>, forward_patches<Scalar, kind, with_residual>,
+           forward_pieces<Scalar, kind, with_residual>},
+          {backward_planes<Scalar, kind, with_residual>, backward_patches<Scalar, kind, with_residual>,
+           backward_pieces<Scalar, kind, with_residual>}};
 }
 
 template <typename Scalar, bool with_residual>
