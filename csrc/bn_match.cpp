@@ -16,13 +16,23 @@
 
 #include "ops.h"
 
+#ifdef __GNUC__
+#define INFER_FAST_INSIDE __attribute__((always_inline))
+#define INFER_FAST_APART __attribute__((noinline))
+#else
+#define INFER_FAST_INSIDE
+#define INFER_FAST_APART
+#endif
+
 namespace infer_fast {
 namespace {
 
 constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, about
 constexpr int64_t kWidth = 64;              // channels_last rows shorter than this are taken several at a time
 constexpr int64_t kBlock = 1024;            // elements of such a row that are taken together
-constexpr int64_t kFold = 8;                // partial sums of a small plane
+constexpr int64_t kFold = 16;               // partial sums of a small plane
+constexpr int64_t kTogether = 4;            // stretches of kFold elements that are taken together
+constexpr int64_t kImages = 16;             // images of small planes that are summed together, at most
 constexpr int64_t kFoldedOnto = 256;        // elements that add to one of them, at most, before double takes over
 constexpr int64_t kLeastPerThread = 16384;  // elements worth another thread
 constexpr int64_t kUsualCache = 32 << 20;   // bytes of the last cache where the system doesn't tell
@@ -55,15 +65,17 @@ int64_t up(int64_t count, int64_t each) { return (count + each - 1) / each; }
 // How a contiguous tensor of small planes is cut. The images of a group are summed together, so the groups depend on
 // the shape alone; blocks of channels only spread the work over the threads.
 struct Patches {
+  int64_t images;  // of a group (the last may be smaller)
   int64_t groups;  // of a lane's images
   int64_t blocks;  // of the channels
 };
 
 Patches patches_of(const BnMatchArguments& a, int threads) {
-  const int64_t images = std::max<int64_t>(1, kFoldedOnto * kFold / a.plane);
+  const int64_t most = std::clamp<int64_t>(kFoldedOnto * kFold / a.plane, 1, kImages);
+  const int64_t images = up(up(a.batch, up(a.batch, most)), kTogether) * kTogether;  // much the same in every group
   const int64_t groups = up(a.batch, images), all = a.lanes * groups;
   const int64_t blocks = all % threads == 0 || all >= 4 * threads ? 1 : up(4 * threads, all);
-  return {groups, std::min(blocks, a.channels)};
+  return {images, groups, std::min(blocks, a.channels)};
 }
 
 Rows rows_of(const BnMatchArguments& a) {
@@ -138,11 +150,11 @@ struct Pass {
 };
 
 // One thread's own room: the sums of a row's width, twice, then for the elements of a run of rows (of a part of a plane)
-// the flags and two blocks of results, and three parts of inputs.
+// the flags and two blocks of results.
 struct Scratch {
   float* sums;
   uint8_t* flags;
-  float *block, *second_block, *inputs;
+  float *block, *second_block;
 };
 
 // Does the planes, patches or pieces begin..end.
@@ -310,9 +322,9 @@ void gradient_coefficients(const BnMatchArguments& g, const Rows& r, std::vector
 void run(const Pass& pass, const Works& works, int threads) {
   const BnMatchArguments& a = pass.arguments;
   const Rows& r = pass.rows;
-  const int64_t each = std::max(r.width * r.run, kPart), flags_each = each + 8;
+  const int64_t each = std::max(r.width * r.run, kTogether * kPart), flags_each = each + 8;
   const int64_t sums_each = by_rows(a) ? 2 * r.width : by_patches(a) ? 2 * kFold * a.channels : 0;
-  const int64_t floats_each = sums_each + 2 * each + 3 * kPart;
+  const int64_t floats_each = sums_each + 2 * each;
   std::unique_ptr<float[]> floats(new float[static_cast<size_t>(floats_each * threads)]);  // written before it is read
   std::vector<uint8_t> flags(static_cast<size_t>(flags_each * threads));
   const Work work = by_rows(a) ? works.pieces : by_patches(a) ? works.patches : works.planes;
@@ -322,7 +334,7 @@ void run(const Pass& pass, const Works& works, int threads) {
   const int64_t elements = std::max<int64_t>(1, a.lanes * a.batch * a.channels * a.plane / count);
   parallel_ranges(count, threads, kLeastPerThread / elements, [&](int64_t part, int64_t begin, int64_t end) {
     float *own = floats.get() + part * floats_each, *block = own + sums_each;
-    const Scratch scratch{own, flags.data() + part * flags_each, block, block + each, block + 2 * each};
+    const Scratch scratch{own, flags.data() + part * flags_each, block, block + each};
     work(pass, scratch, begin, end);
 #ifdef __SSE2__
     if (pass.streams) _mm_sfence();  // writes past the caches are in no order with those that tell of them

@@ -14,8 +14,8 @@ inline float load(const bfloat16* p) {
   return value;
 }
 
-// To nearest, ties to even; NaN stays NaN.
-inline void narrow(const float* values, bfloat16* out, int64_t count) {
+// To nearest, ties to even; NaN stays NaN. Never inlined: inside larger functions GCC leaves the loop scalar.
+INFER_FAST_APART inline void narrow(const float* values, bfloat16* out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     int32_t bits;
@@ -24,15 +24,6 @@ inline void narrow(const float* values, bfloat16* out, int64_t count) {
     const uint32_t rounded = static_cast<uint32_t>(bits) + 0x7fffu + ((static_cast<uint32_t>(bits) >> 16) & 1u);
     out[i].bits = static_cast<uint16_t>((rounded | static_cast<uint32_t>(quiet)) >> 16);
   }
-}
-
-// The values as float32: where they are, or (bfloat16) copied to `block`.
-inline const float* widened(const float* values, float*, int64_t) { return values; }
-
-inline const float* widened(const bfloat16* values, float* block, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) block[i] = load(values + i);
-  return block;
 }
 
 // Writes past the caches, where memory allows it: a line that nobody reads soon need not be fetched to be overwritten.
@@ -230,48 +221,78 @@ inline void backward_element(const Scalar* x, const Scalar* residual, const Scal
   out[i] = g * scale + (a + b * d);
 }
 
-// A small plane forward, in stretches of kFold elements: element i adds to the sums of i % kFold, so that no plane pays
-// for adding up across a register. `sums` holds those of d, then those of d*d.
-template <Activation kind, bool with_residual>
-inline void forward_small_plane(const float* x, const float* residual, float* out, uint8_t* flags, int64_t count,
-                                float mean, float scale, float bias, float* sums) {
-  float sum[kFold], square[kFold];
-  for (int64_t j = 0; j < kFold; ++j) {  // not memcpy: its narrower moves would stall the registers' loads
-    sum[j] = sums[j];
-    square[j] = sums[kFold + j];
-  }
-  int64_t i = 0;
-  for (; i + kFold <= count; i += kFold) {
+// Elements from one of the stretches that are taken together to the next.
+struct Pitch {
+  int64_t in, out, flags;
+};
+
+// kTogether stretches of kFold elements forward: element j of each adds to the sums of j, so that no plane pays for
+// adding up across a register, and the sums are touched once for kTogether elements. `sums` holds those of d, then those
+// of d*d.
+template <typename Scalar, Activation kind, bool with_residual>
+INFER_FAST_INSIDE inline void forward_stretches(const Scalar* x, const Scalar* residual, float* out, uint8_t* flags,
+                                                const Pitch& pitch, float mean, float scale, float bias, float* sums) {
 #pragma omp simd
-    for (int64_t j = 0; j < kFold; ++j) {
-      float s = sum[j], q = square[j];
-      forward_element<float, kind, with_residual>(x, residual, out, flags, i + j, mean, scale, bias, &s, &q);
-      sum[j] = s;
-      square[j] = q;
-    }
-  }
   for (int64_t j = 0; j < kFold; ++j) {
-    sums[j] = sum[j];
-    sums[kFold + j] = square[j];
+    float s = 0.0f, q = 0.0f;
+    for (int64_t k = 0; k < kTogether; ++k)
+      forward_element<Scalar, kind, with_residual>(x + k * pitch.in, with_residual ? residual + k * pitch.in : nullptr,
+                                                    out + k * pitch.out, flags + k * pitch.flags, j, mean, scale, bias,
+                                                    &s, &q);
+    sums[j] += s;
+    sums[kFold + j] += q;
   }
-  for (int64_t j = 0; i + j < count; ++j)
-    forward_element<float, kind, with_residual>(x, residual, out, flags, i + j, mean, scale, bias, sums + j,
-                                                 sums + kFold + j);
 }
 
-template <Activation kind, bool with_residual>
-inline void backward_small_plane(const float* x, const float* residual, const float* grad_y, const uint8_t* flags,
-                                 float* out, float* out_residual, int64_t count, float mean, float scale, float bias,
-                                 float a, float b) {
+// A small plane forward.
+template <typename Scalar, Activation kind, bool with_residual>
+INFER_FAST_INSIDE inline void forward_small_plane(const Scalar* x, const Scalar* residual, float* out, uint8_t* flags,
+                                                  int64_t count, float mean, float scale, float bias, float* sums) {
+  int64_t i = 0;
+  for (; i + kTogether * kFold <= count; i += kTogether * kFold)
+    forward_stretches<Scalar, kind, with_residual>(x + i, with_residual ? residual + i : nullptr, out + i, flags + i,
+                                                    {kFold, kFold, kFold}, mean, scale, bias, sums);
+  for (; i + kFold <= count; i += kFold) {
+#pragma omp simd
+    for (int64_t j = 0; j < kFold; ++j)
+      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + j, mean, scale, bias, sums + j,
+                                                    sums + kFold + j);
+  }
+  for (int64_t j = 0; i + j < count; ++j)
+    forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + j, mean, scale, bias, sums + j,
+                                                  sums + kFold + j);
+}
+
+// The same small plane of kTogether images.
+template <typename Scalar, Activation kind, bool with_residual>
+INFER_FAST_INSIDE inline void forward_small_planes(const Scalar* x, const Scalar* residual, float* out, uint8_t* flags,
+                                                   const Pitch& pitch, int64_t count, float mean, float scale,
+                                                   float bias, float* sums) {
+  int64_t i = 0;
+  for (; i + kFold <= count; i += kFold)
+    forward_stretches<Scalar, kind, with_residual>(x + i, with_residual ? residual + i : nullptr, out + i, flags + i,
+                                                    pitch, mean, scale, bias, sums);
+  for (int64_t j = 0; i + j < count; ++j)
+    for (int64_t k = 0; k < kTogether; ++k)
+      forward_element<Scalar, kind, with_residual>(x + k * pitch.in, with_residual ? residual + k * pitch.in : nullptr,
+                                                    out + k * pitch.out, flags + k * pitch.flags, i + j, mean, scale,
+                                                    bias, sums + j, sums + kFold + j);
+}
+
+template <typename Scalar, Activation kind, bool with_residual>
+INFER_FAST_INSIDE inline void backward_small_plane(const Scalar* x, const Scalar* residual, const Scalar* grad_y,
+                                                   const uint8_t* flags, float* out, float* out_residual,
+                                                   int64_t count, float mean, float scale, float bias, float a,
+                                                   float b) {
   int64_t i = 0;
   for (; i + kFold <= count; i += kFold) {
 #pragma omp simd
     for (int64_t j = 0; j < kFold; ++j)
-      backward_element<float, kind, with_residual>(x, residual, grad_y, flags, out, out_residual, i + j, mean, scale,
+      backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, out, out_residual, i + j, mean, scale,
                                                     bias, a, b);
   }
   for (; i < count; ++i)
-    backward_element<float, kind, with_residual>(x, residual, grad_y, flags, out, out_residual, i, mean, scale, bias,
+    backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, out, out_residual, i, mean, scale, bias,
                                                   a, b);
 }
 

@@ -39,10 +39,11 @@ struct Patch {
 
 inline Patch patch_of(const BnMatchArguments& a, const Patches& t, int64_t index) {
   const int64_t block = index % t.blocks, group = index / t.blocks % t.groups, lane = index / t.blocks / t.groups;
+  const int64_t last = (group + 1) * t.images;
   return {lane,
           lane * t.groups + group,
-          lane * a.batch + a.batch * group / t.groups,
-          lane * a.batch + a.batch * (group + 1) / t.groups,
+          lane * a.batch + group * t.images,
+          lane * a.batch + (last < a.batch ? last : a.batch),
           a.channels * block / t.blocks,
           a.channels * (block + 1) / t.blocks};
 }
@@ -57,30 +58,43 @@ template <typename Scalar, Activation kind, bool with_residual>
 void forward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int64_t end) {
   constexpr bool packs = with_residual && (kind == Activation::relu || kind == Activation::relu6);
   const BnMatchArguments& a = p.arguments;
+  const int64_t whole = a.channels * a.plane;  // an image
   for (int64_t index = begin; index < end; ++index) {
     const Patch patch = patch_of(a, p.patches, index);
     for (int64_t i = 2 * kFold * patch.first_channel; i < 2 * kFold * patch.last_channel; ++i) scratch.sums[i] = 0.0f;
-    for (int64_t image = patch.first_image; image < patch.last_image; ++image)
+    for (int64_t image = patch.first_image, images; image < patch.last_image; image += images) {
+      images = a.plane < kTogether * kFold && image + kTogether <= patch.last_image ? kTogether : 1;
       for (int64_t first = patch.first_channel; first < patch.last_channel;) {
         const int64_t planes = planes_together(a, patch, first), count = planes * a.plane;
-        const int64_t at = (image * a.channels + first) * a.plane;
-        const float* x = widened(static_cast<const Scalar*>(a.x) + at, scratch.inputs, count);
-        const float* residual =
-            with_residual ? widened(static_cast<const Scalar*>(a.residual) + at, scratch.inputs + kPart, count) : nullptr;
+        const int64_t at = image * whole + first * a.plane;
+        const Scalar* x = static_cast<const Scalar*>(a.x) + at;
+        const Scalar* residual = with_residual ? static_cast<const Scalar*>(a.residual) + at : nullptr;
         Scalar* y = static_cast<Scalar*>(a.y) + at;
         float* out = in_place_or(y, scratch.block, p.streams);
-        for (int64_t k = 0, c = first; k < count; k += a.plane, ++c)
-          forward_small_plane<kind, with_residual>(x + k, with_residual ? residual + k : nullptr, out + k,
-                                                   scratch.flags + k, a.plane, p.mean[c], p.scale[c], p.bias[c],
-                                                   scratch.sums + 2 * kFold * c);
-        deliver(out, y, count, p.streams);
-        if (packs && a.mask)
-          pack_bits(scratch.flags, a.mask + (image * a.channels + first) * ((a.plane + 7) / 8), count);
+        const Pitch pitch{whole, out == scratch.block ? kPart : whole, kPart};
+        for (int64_t k = 0, c = first; k < count; k += a.plane, ++c) {
+          const Scalar* added = with_residual ? residual + k : nullptr;
+          float* sums = scratch.sums + 2 * kFold * c;
+          if (images == 1)
+            forward_small_plane<Scalar, kind, with_residual>(x + k, added, out + k, scratch.flags + k, a.plane,
+                                                              p.mean[c], p.scale[c], p.bias[c], sums);
+          else
+            forward_small_planes<Scalar, kind, with_residual>(x + k, added, out + k, scratch.flags + k, pitch, a.plane,
+                                                               p.mean[c], p.scale[c], p.bias[c], sums);
+        }
+        for (int64_t i = 0; i < images; ++i) {
+          deliver(out + i * pitch.out, y + i * whole, count, p.streams);
+          if (packs && a.mask)
+            pack_bits(scratch.flags + i * kPart, a.mask + ((image + i) * a.channels + first) * ((a.plane + 7) / 8),
+                      count);
+        }
         first += planes;
       }
+    }
     for (int64_t c = patch.first_channel; c < patch.last_channel; ++c) {
       const float *sum = scratch.sums + 2 * kFold * c, *square = sum + kFold;
       float s = 0.0f, q = 0.0f;
+#pragma omp simd reduction(+ : s, q)
       for (int64_t j = 0; j < kFold; ++j) {
         s += sum[j];
         q += square[j];
@@ -103,11 +117,9 @@ void backward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int6
       for (int64_t first = patch.first_channel; first < patch.last_channel;) {
         const int64_t planes = planes_together(a, patch, first), count = planes * a.plane;
         const int64_t at = (image * a.channels + first) * a.plane;
-        const float* x = widened(static_cast<const Scalar*>(a.x) + at, scratch.inputs, count);
-        const float* grad_y = widened(static_cast<const Scalar*>(a.grad_y) + at, scratch.inputs + kPart, count);
-        const float* residual =
-            reads_residual ? widened(static_cast<const Scalar*>(a.residual) + at, scratch.inputs + 2 * kPart, count)
-                           : nullptr;
+        const Scalar* x = static_cast<const Scalar*>(a.x) + at;
+        const Scalar* grad_y = static_cast<const Scalar*>(a.grad_y) + at;
+        const Scalar* residual = reads_residual ? static_cast<const Scalar*>(a.residual) + at : nullptr;
         Scalar* grad_x = static_cast<Scalar*>(a.grad_x) + at;
         Scalar* grad_residual = with_residual ? static_cast<Scalar*>(a.grad_residual) + at : nullptr;
         float* out = in_place_or(grad_x, scratch.block, p.streams);
@@ -115,10 +127,9 @@ void backward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int6
         if (packed)
           unpack_bits(a.mask + (image * a.channels + first) * ((a.plane + 7) / 8), scratch.flags, count);
         for (int64_t k = 0, c = first; k < count; k += a.plane, ++c)
-          backward_small_plane<kind, with_residual>(x + k, reads_residual ? residual + k : nullptr, grad_y + k,
-                                                    scratch.flags + k, out + k,
-                                                    with_residual ? out_residual + k : nullptr, a.plane, p.mean[c],
-                                                    p.scale[c], p.bias[c], level[c], slope[c]);
+          backward_small_plane<Scalar, kind, with_residual>(
+              x + k, reads_residual ? residual + k : nullptr, grad_y + k, scratch.flags + k, out + k,
+              with_residual ? out_residual + k : nullptr, a.plane, p.mean[c], p.scale[c], p.bias[c], level[c], slope[c]);
         deliver(out, grad_x, count, p.streams);
         if (with_residual) deliver(out_residual, grad_residual, count, p.streams);
         first += planes;

@@ -26,8 +26,18 @@ def as_before():
     native().stream_results_from(-1)
 
 
-# Planes of a few elements, of some, of many; several groups of images; blocks of rows; a tail everywhere.
-SHAPES = [(6, 5, 3, 3), (4, 16, 9, 8), (4, 70, 1, 3), (22, 3, 16, 16), (4, 70, 4, 4), (4, 3, 7, 7), (2, 3, 31, 33)]
+# Planes of a few elements, of some, of many; several groups of images, and small planes of several images together;
+# blocks of rows; a tail everywhere.
+SHAPES = [
+    (6, 5, 3, 3),
+    (4, 16, 9, 8),
+    (4, 70, 1, 3),
+    (22, 3, 16, 16),
+    (4, 70, 4, 4),
+    (38, 9, 4, 4),
+    (38, 3, 7, 7),
+    (2, 3, 31, 33),
+]
 
 
 def every_way(shape, layout, dtype, generator):
