@@ -20,33 +20,55 @@ TINY = 1e-12
 
 
 @triton.jit
-def _elements(addresses, owners, starts, sizes, kind: tl.constexpr, CHUNK: tl.constexpr):
-    """(pointers to the elements of this program's chunk, which of them exist)."""
+def _elements(addresses, owners, starts, KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    """Pointers to the elements of this program's chunk; told of their alignment, Triton takes 16 bytes at a time."""
     chunk = tl.program_id(0)
-    owner = tl.load(owners + chunk)
-    at = tl.load(starts + chunk) + tl.arange(0, CHUNK)
-    return tl.load(addresses + owner).to(tl.pointer_type(kind)) + at, at < tl.load(sizes + owner)
+    first = tl.load(addresses + tl.load(owners + chunk)).to(tl.pointer_type(KIND)) + tl.load(starts + chunk)
+    if ALIGNED:
+        first = tl.multiple_of(first, 16)
+    return first + tl.arange(0, CHUNK)
 
 
 @triton.jit
-def _squares(grads, owners, starts, sizes, partial, KIND: tl.constexpr, CHUNK: tl.constexpr):
-    g, exists = _elements(grads, owners, starts, sizes, KIND, CHUNK)
-    value = tl.load(g, mask=exists, other=0.0).to(tl.float32)
+def _left(owners, starts, sizes):
+    """Elements from this program's chunk on to the end of its tensor: a whole chunk needs no mask."""
+    chunk = tl.program_id(0)
+    return tl.load(sizes + tl.load(owners + chunk)) - tl.load(starts + chunk)
+
+
+@triton.jit
+def _squares(
+    grads, owners, starts, sizes, partial, KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    g = _elements(grads, owners, starts, KIND, ALIGNED, CHUNK)
+    left = _left(owners, starts, sizes)
+    if left >= CHUNK:
+        value = tl.load(g).to(tl.float32)
+    else:
+        value = tl.load(g, mask=tl.arange(0, CHUNK) < left, other=0.0).to(tl.float32)
     tl.store(partial + tl.program_id(0), tl.sum(value * value))
 
 
 @triton.jit
-def _step(params, grads, owners, starts, sizes, partial, chunks, rho, tiny, KIND: tl.constexpr, CHUNK: tl.constexpr):
+def _step(
+    params, grads, owners, starts, sizes, partial, chunks, rho, tiny,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     total = tl.zeros((1024,), tl.float32)
     for begin in range(0, chunks, 1024):
         at = begin + tl.arange(0, 1024)
         total += tl.load(partial + at, mask=at < chunks, other=0.0)
     factor = rho / (tl.sqrt_rn(tl.sum(total)) + tiny)
-    p, exists = _elements(params, owners, starts, sizes, KIND, CHUNK)
-    g, _ = _elements(grads, owners, starts, sizes, KIND, CHUNK)
-    value = tl.load(p, mask=exists, other=0.0).to(tl.float32)
-    step = factor * tl.load(g, mask=exists, other=0.0).to(tl.float32)
-    tl.store(p, (value + step).to(KIND), mask=exists)
+    p = _elements(params, owners, starts, KIND, ALIGNED, CHUNK)
+    g = _elements(grads, owners, starts, KIND, ALIGNED, CHUNK)
+    left = _left(owners, starts, sizes)
+    if left >= CHUNK:
+        tl.store(p, (tl.load(p).to(tl.float32) + factor * tl.load(g).to(tl.float32)).to(KIND))
+    else:
+        exists = tl.arange(0, CHUNK) < left
+        value = tl.load(p, mask=exists, other=0.0).to(tl.float32)
+        step = factor * tl.load(g, mask=exists, other=0.0).to(tl.float32)
+        tl.store(p, (value + step).to(KIND), mask=exists)
 
 
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -78,6 +100,11 @@ def perturb(params: list[torch.Tensor], grads: list[torch.Tensor], rho: float) -
     addresses = torch.tensor([[t.data_ptr() for t in params], [t.data_ptr() for t in grads]], dtype=torch.int64)
     addresses = addresses.to(device, non_blocking=True)  # (2, tensors)
     partial = torch.empty(count, dtype=torch.float32, device=device)
-    kind = KINDS[params[0].dtype]
-    _squares[(count,)](addresses[1], *chunks, partial, KIND=kind, CHUNK=CHUNK, num_warps=WARPS)
-    _step[(count,)](*addresses, *chunks, partial, count, rho, TINY, KIND=kind, CHUNK=CHUNK, num_warps=WARPS)
+    meta = {
+        "KIND": KINDS[params[0].dtype],
+        "ALIGNED": all(t.data_ptr() % 16 == 0 for t in (*params, *grads)),
+        "CHUNK": CHUNK,
+        "num_warps": WARPS,
+    }
+    _squares[(count,)](addresses[1], *chunks, partial, **meta)
+    _step[(count,)](*addresses, *chunks, partial, count, rho, TINY, **meta)

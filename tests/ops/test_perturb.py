@@ -50,6 +50,15 @@ def test_moves_along_the_gradient_by_rho_over_the_common_norm(generator, where, 
         torch.testing.assert_close(param.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("where", BACKENDS)
+def test_tensors_that_begin_anywhere_in_memory(generator, where):
+    backend, device = where
+    param, grad = (torch.randn(9001, generator=generator).to(device)[1:] for _ in range(2))
+    before = param.clone()
+    perturb_([param], [grad], 0.3, backend=backend)
+    torch.testing.assert_close(param, before + 0.3 * grad / grad.norm(), rtol=1e-6, atol=1e-6)
+
+
 def test_mixed_dtypes_and_layouts_take_the_reference(generator):
     params = [torch.randn(4, 6, generator=generator).t(), torch.randn(5, generator=generator, dtype=torch.float64)]
     before = [p.clone() for p in params]
