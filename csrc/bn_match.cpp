@@ -27,7 +27,9 @@
 namespace infer_fast {
 namespace {
 
-constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, about
+constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, at least
+constexpr int64_t kMostPieces = 64;         // pieces to aim for beyond that
+constexpr int64_t kChunk = 128;             // elements of a wide row that are taken together
 constexpr int64_t kWidth = 64;              // channels_last rows shorter than this are taken several at a time
 constexpr int64_t kBlock = 1024;            // elements of such a row that are taken together
 constexpr int64_t kFold = 16;               // partial sums of a small plane
@@ -35,10 +37,13 @@ constexpr int64_t kTogether = 4;            // stretches of kFold elements that 
 constexpr int64_t kImages = 16;             // images of small planes that are summed together, at most
 constexpr int64_t kFoldedOnto = 256;        // elements that add to one of them, at most, before double takes over
 constexpr int64_t kLeastPerThread = 16384;  // elements worth another thread
+constexpr int64_t kCacheShare = 4;          // results of this part of the last cache are written past it
 constexpr int64_t kUsualCache = 32 << 20;   // bytes of the last cache where the system doesn't tell
 constexpr int64_t kPart = 512;              // elements of a plane summed in float32 before double takes over
 
-// How a tensor is read row by row, the images of one lane being one group. channels_last: a row is some pixels.
+// How a tensor is read row by row, the images of one lane being one group. channels_last: a row is some pixels, and four
+// rows go together, so that their parameters are touched once; but where memory bounds the work (float32 results that go
+// past the caches), processors read one row after the other faster, and then rows are longer.
 // Contiguous with small planes: a row is one image, cut into blocks of whole planes. Parameters lie as the elements of
 // one row do, so that a row is one loop without a branch.
 struct Rows {
@@ -46,6 +51,8 @@ struct Rows {
   int64_t pitch;           // elements from one row to the next
   int64_t blocks;          // blocks side by side in a row (1: rows are whole and lie side by side)
   int64_t rows;            // rows of one piece
+  int64_t chunk;           // elements of a row that are taken together with those of three rows below
+  bool together;           // whether they are
   int64_t run;             // rows that lie side by side and are taken in one call
   int64_t lane_rows;       // rows of a lane (the last may be short, channels_last)
   int64_t lane_elements;   // elements of a lane
@@ -78,16 +85,40 @@ Patches patches_of(const BnMatchArguments& a, int threads) {
   return {images, groups, std::min(blocks, a.channels)};
 }
 
+// Bytes of the last cache that this processor's cores share, as Linux tells it (glibc's sysconf counts all of a socket's).
+int64_t last_cache() {
+  int64_t bytes = kUsualCache;
+  for (int index = 0; index < 5; ++index) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    int64_t size = 0;
+    char unit = 0;
+    if (file >> size >> unit && size > 0) bytes = size << (unit == 'M' ? 20 : 10);
+  }
+  return bytes;
+}
+
+std::atomic<int64_t> streamed_bytes{-1};  // what stream_results_from() asked for; negative: nothing
+
+// Results that the caches can't hold beside x until the next layer reads them are better written past them.
+bool streams(const BnMatchArguments& a) {
+  static const int64_t cache = last_cache();
+  const int64_t asked = streamed_bytes.load();
+  return a.lanes * a.batch * a.channels * a.plane * (a.is_bfloat16 ? 2 : 4) >= (asked < 0 ? cache / kCacheShare : asked);
+}
+
 Rows rows_of(const BnMatchArguments& a) {
   Rows r{};
   const int64_t image = a.channels * a.plane;
   if (a.channels_last) {
-    const int64_t pixels = a.channels < kWidth ? std::max<int64_t>(1, kWidth / a.channels) : 1;
+    r.together = a.is_bfloat16 || !streams(a);
+    int64_t pixels = std::max<int64_t>(1, (r.together ? kWidth : kPart) / a.channels);
+    if (!r.together && pixels >= 4) pixels -= pixels % 4;  // a row begins where 16 bytes do
     r.width = r.pitch = r.parameters = a.channels * pixels;
     r.blocks = 1;
     r.run = 8;  // a multiple of 8 rows, so that each run's bits begin at a byte
-    r.rows = std::max<int64_t>(1, kRowPiece / r.width / r.run) * r.run;
     r.lane_elements = a.batch * image;
+    const int64_t piece = std::clamp(r.lane_elements / kMostPieces, kRowPiece, 4 * kRowPiece);
+    r.rows = std::max<int64_t>(1, piece / r.width / r.run) * r.run;
     r.lane_rows = up(r.lane_elements, r.width);
   } else if (by_rows(a)) {
     // A multiple of 8 planes, so that each block's bits begin at a byte.
@@ -99,6 +130,11 @@ Rows rows_of(const BnMatchArguments& a) {
     r.rows = std::max<int64_t>(1, kRowPiece / r.width);
     r.lane_elements = a.batch * image;
     r.lane_rows = a.batch;
+  }
+  // Chunks of whole cache lines, much the same; rows that begin within a line go whole, if they fit.
+  if (r.width > 0) {
+    const bool whole = r.width <= kChunk || (r.width % 32 != 0 && r.width <= kPart);
+    r.chunk = whole ? r.width : up(up(r.width, up(r.width, kChunk)), 32) * 32;
   }
   r.per_lane = r.rows ? up(r.lane_rows, r.rows) : 0;
   return r;
@@ -219,27 +255,6 @@ Variant choose(const BnMatchArguments& a) {
   return a.is_bfloat16 ? choose<bfloat16>(a.activation, with_residual) : choose<float>(a.activation, with_residual);
 }
 
-// Bytes of the last cache that this processor's cores share, as Linux tells it (glibc's sysconf counts all of a socket's).
-int64_t last_cache() {
-  int64_t bytes = kUsualCache;
-  for (int index = 0; index < 5; ++index) {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
-    int64_t size = 0;
-    char unit = 0;
-    if (file >> size >> unit && size > 0) bytes = size << (unit == 'M' ? 20 : 10);
-  }
-  return bytes;
-}
-
-std::atomic<int64_t> streamed_bytes{-1};  // what stream_results_from() asked for; negative: half the last cache
-
-// Results that the caches can't hold beside x until the next layer reads them are better written past them.
-bool streams(const BnMatchArguments& a) {
-  static const int64_t cache = last_cache();
-  const int64_t asked = streamed_bytes.load();
-  return a.lanes * a.batch * a.channels * a.plane * (a.is_bfloat16 ? 2 : 4) >= (asked < 0 ? cache / 2 : asked);
-}
-
 int64_t parameter_count(const BnMatchArguments& a, const Rows& r) { return by_rows(a) ? r.parameters : a.channels; }
 
 // The parameters, per channel or as the elements of a row.
@@ -322,7 +337,7 @@ void gradient_coefficients(const BnMatchArguments& g, const Rows& r, std::vector
 void run(const Pass& pass, const Works& works, int threads) {
   const BnMatchArguments& a = pass.arguments;
   const Rows& r = pass.rows;
-  const int64_t each = std::max(r.width * r.run, kTogether * kPart), flags_each = each + 8;
+  const int64_t each = kTogether * kPart, flags_each = std::max(r.width * r.run, each) + 8;
   const int64_t sums_each = by_rows(a) ? 2 * r.width : by_patches(a) ? 2 * kFold * a.channels : 0;
   const int64_t floats_each = sums_each + 2 * each;
   std::unique_ptr<float[]> floats(new float[static_cast<size_t>(floats_each * threads)]);  // written before it is read

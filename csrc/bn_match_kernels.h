@@ -67,6 +67,20 @@ inline void deliver(const float* block, bfloat16* out, int64_t count, bool strea
   }
 }
 
+// The same of four rows, `pitch` apart in the block and `width` apart in memory.
+template <typename Scalar>
+inline void deliver_rows(const float* block, Scalar* out, int64_t columns, int64_t pitch, int64_t width, bool streams) {
+  if (columns == width && pitch == width) return deliver(block, out, 4 * width, streams);
+  for (int64_t row = 0; row < 4; ++row) deliver(block + row * pitch, out + row * width, columns, streams);
+}
+
+// Asks for the values that come next in each of four rows: so many rows on that memory has the time to answer.
+template <typename Scalar>
+inline void fetch_rows(const Scalar* x, int64_t columns, int64_t width) {
+  const int64_t ahead = (kPart + 4 * width - 1) / (4 * width) * 4 * width;
+  for (int64_t row = 0; row < 4; ++row) fetch(x + ahead + row * width, columns);
+}
+
 // exp(x) within 2 units in the last place (infinite above 88.4), by 2^n * exp(r) with |r| <= ln(2)/2 and a degree-6 polynomial for exp(r)
 // (the method and the constants of S. Moshier's Cephes library).
 inline float exponential(float x) {
@@ -297,54 +311,89 @@ INFER_FAST_INSIDE inline void backward_small_plane(const Scalar* x, const Scalar
 }
 
 // Rows that lie side by side, forward; parameters and sums have `width` entries, and count may end within a row. Four
-// rows go together, so that parameters and sums are touched once for four elements.
+// rows go together, so that parameters and sums are touched once for four elements, and of wide rows `chunk` elements at
+// a time, so that reading, computing and writing past the caches take short turns.
 template <typename Scalar, Activation kind, bool with_residual>
-inline void forward_rows(const Scalar* x, const Scalar* residual, float* out, uint8_t* flags, int64_t count,
-                         int64_t width, const float* mean, const float* scale, const float* bias, float* sum,
-                         float* square) {
+inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* flags, int64_t count,
+                         int64_t width, int64_t chunk, bool together, const float* mean, const float* scale,
+                         const float* bias, float* block, bool streams, float* sum, float* square) {
   int64_t begin = 0;
-  for (; begin + 4 * width <= count; begin += 4 * width) {
+  for (; together && begin + 4 * width <= count; begin += 4 * width)
+    for (int64_t first = 0; first < width; first += chunk) {
+      const int64_t columns = first + chunk < width ? chunk : width - first, at = begin + first;
+      float* out = in_place_or(y + at, block, streams);
+      const int64_t pitch = out == block ? chunk : width;
+      if (streams) fetch_rows(x + at, columns, width);
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) {
-      const float m = mean[c], k = scale[c], o = bias[c];
-      float s = 0.0f, q = 0.0f;
-      const int64_t i = begin + c;
-      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i, m, k, o, &s, &q);
-      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + width, m, k, o, &s, &q);
-      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + 2 * width, m, k, o, &s, &q);
-      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + 3 * width, m, k, o, &s, &q);
-      sum[c] += s;
-      square[c] += q;
+      for (int64_t c = 0; c < columns; ++c) {
+        const float m = mean[first + c], k = scale[first + c], o = bias[first + c];
+        float s = 0.0f, q = 0.0f;
+        for (int64_t row = 0; row < 4; ++row) {
+          const int64_t side = at + row * width;
+          forward_element<Scalar, kind, with_residual>(x + side, with_residual ? residual + side : nullptr,
+                                                        out + row * pitch, flags + side, c, m, k, o, &s, &q);
+        }
+        sum[first + c] += s;
+        square[first + c] += q;
+      }
+      deliver_rows(out, y + at, columns, pitch, width, streams);
     }
-  }
   for (; begin < count; begin += width) {
     const int64_t left = begin + width < count ? width : count - begin;
+    for (int64_t first = 0; first < left; first += kPart) {
+      const int64_t columns = first + kPart < left ? kPart : left - first, at = begin + first;
+      float* out = in_place_or(y + at, block, streams);
+      if (streams) fetch(x + at + kPart, columns);
 #pragma omp simd
-    for (int64_t c = 0; c < left; ++c)
-      forward_element<Scalar, kind, with_residual>(x, residual, out, flags, begin + c, mean[c], scale[c], bias[c],
-                                                   sum + c, square + c);
+      for (int64_t c = 0; c < columns; ++c)
+        forward_element<Scalar, kind, with_residual>(x + at, with_residual ? residual + at : nullptr, out, flags + at, c,
+                                                      mean[first + c], scale[first + c], bias[first + c],
+                                                      sum + first + c, square + first + c);
+      deliver(out, y + at, columns, streams);
+    }
   }
 }
 
 template <typename Scalar, Activation kind, bool with_residual>
 inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* flags,
-                          float* out, float* out_residual, int64_t count, int64_t width, const float* mean,
-                          const float* scale, const float* bias, const float* a, const float* b) {
+                          Scalar* grad_x, Scalar* grad_residual, int64_t count, int64_t width, int64_t chunk,
+                          bool together, const float* mean, const float* scale, const float* bias, const float* a, const float* b,
+                          float* block, float* second_block, bool streams) {
+  constexpr bool reads_residual = with_residual && kind == Activation::silu;
   int64_t begin = 0;
-  for (; begin + 4 * width <= count; begin += 4 * width) {
+  for (; together && begin + 4 * width <= count; begin += 4 * width)
+    for (int64_t first = 0; first < width; first += chunk) {
+      const int64_t columns = first + chunk < width ? chunk : width - first, at = begin + first;
+      float* out = in_place_or(grad_x + at, block, streams);
+      float* out_residual = with_residual ? in_place_or(grad_residual + at, second_block, streams) : nullptr;
+      const int64_t pitch = out == block ? chunk : width;
 #pragma omp simd
-    for (int64_t c = 0; c < width; ++c) {
-      const float m = mean[c], k = scale[c], o = bias[c], level = a[c], slope = b[c];
-      for (int64_t row = 0; row < 4; ++row)
-        backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, out, out_residual,
-                                                      begin + row * width + c, m, k, o, level, slope);
+      for (int64_t c = 0; c < columns; ++c) {
+        const float m = mean[first + c], k = scale[first + c], o = bias[first + c];
+        const float level = a[first + c], slope = b[first + c];
+        for (int64_t row = 0; row < 4; ++row) {
+          const int64_t side = at + row * width;
+          backward_element<Scalar, kind, with_residual>(
+              x + side, reads_residual ? residual + side : nullptr, grad_y + side, flags + side, out + row * pitch,
+              with_residual ? out_residual + row * pitch : nullptr, c, m, k, o, level, slope);
+        }
+      }
+      deliver_rows(out, grad_x + at, columns, pitch, width, streams);
+      if (with_residual) deliver_rows(out_residual, grad_residual + at, columns, pitch, width, streams);
     }
-  }
   for (; begin < count; begin += width) {
     const int64_t left = begin + width < count ? width : count - begin;
+    for (int64_t first = 0; first < left; first += kPart) {
+      const int64_t columns = first + kPart < left ? kPart : left - first, at = begin + first;
+      float* out = in_place_or(grad_x + at, block, streams);
+      float* out_residual = with_residual ? in_place_or(grad_residual + at, second_block, streams) : nullptr;
 #pragma omp simd
-    for (int64_t c = 0; c < left; ++c)
-      backward_element<Scalar, kind, with_residual>(x, residual, grad_y, flags, out, out_residual, begin + c, mean[c],
-                                                    scale[c], bias[c], a[c], b[c]);
+      for (int64_t c = 0; c < columns; ++c)
+        backward_element<Scalar, kind, with_residual>(x + at, reads_residual ? residual + at : nullptr, grad_y + at,
+                                                      flags + at, out, out_residual, c, mean[first + c],
+                                                      scale[first + c], bias[first + c], a[first + c], b[first + c]);
+      deliver(out, grad_x + at, columns, streams);
+      if (with_residual) deliver(out_residual, grad_residual + at, columns, streams);
+    }
   }
 }

@@ -173,14 +173,10 @@ void forward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64_
       const int64_t rows = row + r.run < place.last_row ? r.run : place.last_row - row;
       const int64_t count = run_elements(r, place, row, rows);
       const int64_t at = place.lane * r.lane_elements + row * r.pitch + place.parameters;
-      Scalar* y = static_cast<Scalar*>(a.y) + at;
-      float* out = in_place_or(y, scratch.block, p.streams);
-      if (p.streams && row + rows < place.last_row) fetch(static_cast<const Scalar*>(a.x) + at + count, count);
       forward_rows<Scalar, kind, with_residual>(
           static_cast<const Scalar*>(a.x) + at, with_residual ? static_cast<const Scalar*>(a.residual) + at : nullptr,
-          out, scratch.flags, count, r.width, p.mean + place.parameters, p.scale + place.parameters,
-          p.bias + place.parameters, sum, square);
-      deliver(out, y, count, p.streams);
+          static_cast<Scalar*>(a.y) + at, scratch.flags, count, r.width, r.chunk, r.together, p.mean + place.parameters,
+          p.scale + place.parameters, p.bias + place.parameters, scratch.block, p.streams, sum, square);
       if (packs && a.mask) pack_bits(scratch.flags, a.mask + mask_offset(a, at), count);
     }
     const int64_t slot = (place.lane * r.per_lane + place.first_row / r.rows) * a.channels;
@@ -203,18 +199,13 @@ void backward_pieces(const Pass& p, const Scratch& scratch, int64_t begin, int64
       const int64_t count = run_elements(r, place, row, rows);
       const int64_t at = place.lane * r.lane_elements + row * r.pitch + place.parameters;
       if (packed) unpack_bits(a.mask + mask_offset(a, at), scratch.flags, count);
-      Scalar* grad_x = static_cast<Scalar*>(a.grad_x) + at;
-      Scalar* grad_residual = with_residual ? static_cast<Scalar*>(a.grad_residual) + at : nullptr;
-      float* out = in_place_or(grad_x, scratch.block, p.streams);
-      float* out_residual = with_residual ? in_place_or(grad_residual, scratch.second_block, p.streams) : nullptr;
       backward_rows<Scalar, kind, with_residual>(
           static_cast<const Scalar*>(a.x) + at,
           with_residual && a.residual ? static_cast<const Scalar*>(a.residual) + at : nullptr,
-          static_cast<const Scalar*>(a.grad_y) + at, scratch.flags, out, out_residual, count, r.width,
+          static_cast<const Scalar*>(a.grad_y) + at, scratch.flags, static_cast<Scalar*>(a.grad_x) + at,
+          with_residual ? static_cast<Scalar*>(a.grad_residual) + at : nullptr, count, r.width, r.chunk, r.together,
           p.mean + place.parameters, p.scale + place.parameters, p.bias + place.parameters, coefficients_a,
-          coefficients_b);
-      deliver(out, grad_x, count, p.streams);
-      if (with_residual) deliver(out_residual, grad_residual, count, p.streams);
+          coefficients_b, scratch.block, scratch.second_block, p.streams);
     }
   }
 }
