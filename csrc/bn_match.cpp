@@ -37,7 +37,7 @@ constexpr int64_t kTogether = 4;            // stretches of kFold elements that 
 constexpr int64_t kImages = 16;             // images of small planes that are summed together, at most
 constexpr int64_t kFoldedOnto = 256;        // elements that add to one of them, at most, before double takes over
 constexpr int64_t kLeastPerThread = 16384;  // elements worth another thread
-constexpr int64_t kCacheShare = 4;          // results of this part of the last cache are written past it
+constexpr int64_t kCacheShare = 2;          // results of this part of the last cache are written past it
 constexpr int64_t kUsualCache = 32 << 20;   // bytes of the last cache where the system doesn't tell
 constexpr int64_t kPart = 512;              // elements of a plane summed in float32 before double takes over
 
