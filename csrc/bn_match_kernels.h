@@ -311,8 +311,8 @@ INFER_FAST_INSIDE inline void backward_small_plane(const Scalar* x, const Scalar
 }
 
 // Rows that lie side by side, forward; parameters and sums have `width` entries, and count may end within a row. Four
-// rows go together, so that parameters and sums are touched once for four elements, and of wide rows `chunk` elements at
-// a time, so that reading, computing and writing past the caches take short turns.
+// rows go together, so that parameters and sums are touched once for four elements, or (together: false) one after the
+// other. Of wide rows `chunk` or kPart elements are taken at a time: reading and writing past the caches take short turns.
 template <typename Scalar, Activation kind, bool with_residual>
 inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* flags, int64_t count,
                          int64_t width, int64_t chunk, bool together, const float* mean, const float* scale,
