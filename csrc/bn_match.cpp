@@ -28,22 +28,21 @@ namespace infer_fast {
 namespace {
 
 constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, at least
-constexpr int64_t kMostPieces = 64;         // pieces to aim for beyond that
+constexpr int64_t kPieces = 64;             // of a lane, to aim for beyond that
 constexpr int64_t kChunk = 128;             // elements of a wide row that are taken together
 constexpr int64_t kWidth = 64;              // channels_last rows shorter than this are taken several at a time
-constexpr int64_t kBlock = 1024;            // elements of such a row that are taken together
+constexpr int64_t kBlock = 1024;            // elements of an image of the smallest planes that are taken together
 constexpr int64_t kFold = 16;               // partial sums of a small plane
-constexpr int64_t kTogether = 4;            // stretches of kFold elements that are taken together
+constexpr int64_t kTogether = 4;            // rows, or stretches of kFold elements, that are taken together
 constexpr int64_t kImages = 16;             // images of small planes that are summed together, at most
 constexpr int64_t kFoldedOnto = 256;        // elements that add to one of them, at most, before double takes over
 constexpr int64_t kLeastPerThread = 16384;  // elements worth another thread
-constexpr int64_t kCacheShare = 2;          // results of this part of the last cache are written past it
 constexpr int64_t kUsualCache = 32 << 20;   // bytes of the last cache where the system doesn't tell
 constexpr int64_t kPart = 512;              // elements of a plane summed in float32 before double takes over
 
-// How a tensor is read row by row, the images of one lane being one group. channels_last: a row is some pixels, and four
-// rows go together, so that their parameters are touched once; but where memory bounds the work (float32 results that go
-// past the caches), processors read one row after the other faster, and then rows are longer.
+// How a tensor is read row by row, the images of one lane being one group. channels_last: a row is some pixels, and
+// kTogether go together, so that their parameters are touched once; but where memory bounds the work (float32 results
+// that go past the caches), processors read one row after the other faster, and then rows are longer.
 // Contiguous with small planes: a row is one image, cut into blocks of whole planes. Parameters lie as the elements of
 // one row do, so that a row is one loop without a branch.
 struct Rows {
@@ -51,7 +50,7 @@ struct Rows {
   int64_t pitch;           // elements from one row to the next
   int64_t blocks;          // blocks side by side in a row (1: rows are whole and lie side by side)
   int64_t rows;            // rows of one piece
-  int64_t chunk;           // elements of a row that are taken together with those of three rows below
+  int64_t chunk;           // elements of a row that are taken together with those of the rows below
   bool together;           // whether they are
   int64_t run;             // rows that lie side by side and are taken in one call
   int64_t lane_rows;       // rows of a lane (the last may be short, channels_last)
@@ -97,13 +96,13 @@ int64_t last_cache() {
   return bytes;
 }
 
-std::atomic<int64_t> streamed_bytes{-1};  // what stream_results_from() asked for; negative: nothing
+std::atomic<int64_t> streamed_bytes{-1};  // what stream_results_from() asked for; negative: half the last cache
 
 // Results that the caches can't hold beside x until the next layer reads them are better written past them.
 bool streams(const BnMatchArguments& a) {
   static const int64_t cache = last_cache();
   const int64_t asked = streamed_bytes.load();
-  return a.lanes * a.batch * a.channels * a.plane * (a.is_bfloat16 ? 2 : 4) >= (asked < 0 ? cache / kCacheShare : asked);
+  return a.lanes * a.batch * a.channels * a.plane * (a.is_bfloat16 ? 2 : 4) >= (asked < 0 ? cache / 2 : asked);
 }
 
 Rows rows_of(const BnMatchArguments& a) {
@@ -117,7 +116,7 @@ Rows rows_of(const BnMatchArguments& a) {
     r.blocks = 1;
     r.run = 8;  // a multiple of 8 rows, so that each run's bits begin at a byte
     r.lane_elements = a.batch * image;
-    const int64_t piece = std::clamp(r.lane_elements / kMostPieces, kRowPiece, 4 * kRowPiece);
+    const int64_t piece = std::clamp(r.lane_elements / kPieces, kRowPiece, 4 * kRowPiece);
     r.rows = std::max<int64_t>(1, piece / r.width / r.run) * r.run;
     r.lane_rows = up(r.lane_elements, r.width);
   } else if (by_rows(a)) {

@@ -67,18 +67,18 @@ inline void deliver(const float* block, bfloat16* out, int64_t count, bool strea
   }
 }
 
-// The same of four rows, `pitch` apart in the block and `width` apart in memory.
+// The same of kTogether rows, `pitch` apart in the block and `width` apart in memory.
 template <typename Scalar>
 inline void deliver_rows(const float* block, Scalar* out, int64_t columns, int64_t pitch, int64_t width, bool streams) {
-  if (columns == width && pitch == width) return deliver(block, out, 4 * width, streams);
-  for (int64_t row = 0; row < 4; ++row) deliver(block + row * pitch, out + row * width, columns, streams);
+  if (columns == width && pitch == width) return deliver(block, out, kTogether * width, streams);
+  for (int64_t row = 0; row < kTogether; ++row) deliver(block + row * pitch, out + row * width, columns, streams);
 }
 
-// Asks for the values that come next in each of four rows: so many rows on that memory has the time to answer.
+// Asks for the values that come next in each of kTogether rows: so many rows on that memory has the time to answer.
 template <typename Scalar>
 inline void fetch_rows(const Scalar* x, int64_t columns, int64_t width) {
-  const int64_t ahead = (kPart + 4 * width - 1) / (4 * width) * 4 * width;
-  for (int64_t row = 0; row < 4; ++row) fetch(x + ahead + row * width, columns);
+  const int64_t ahead = up(kPart, kTogether * width) * kTogether * width;
+  for (int64_t row = 0; row < kTogether; ++row) fetch(x + ahead + row * width, columns);
 }
 
 // exp(x) within 2 units in the last place (infinite above 88.4), by 2^n * exp(r) with |r| <= ln(2)/2 and a degree-6 polynomial for exp(r)
@@ -310,15 +310,16 @@ INFER_FAST_INSIDE inline void backward_small_plane(const Scalar* x, const Scalar
                                                   a, b);
 }
 
-// Rows that lie side by side, forward; parameters and sums have `width` entries, and count may end within a row. Four
-// rows go together, so that parameters and sums are touched once for four elements, or (together: false) one after the
-// other. Of wide rows `chunk` or kPart elements are taken at a time: reading and writing past the caches take short turns.
+// Rows that lie side by side, forward; parameters and sums have `width` entries, and count may end within a row.
+// kTogether rows are taken at once, so that parameters and sums are touched once for all of them, or (together: false)
+// one after the other. Of wide rows `chunk` or kPart elements are taken at a time: reading and writing past the caches
+// take short turns.
 template <typename Scalar, Activation kind, bool with_residual>
 inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uint8_t* flags, int64_t count,
                          int64_t width, int64_t chunk, bool together, const float* mean, const float* scale,
                          const float* bias, float* block, bool streams, float* sum, float* square) {
   int64_t begin = 0;
-  for (; together && begin + 4 * width <= count; begin += 4 * width)
+  for (; together && begin + kTogether * width <= count; begin += kTogether * width)
     for (int64_t first = 0; first < width; first += chunk) {
       const int64_t columns = first + chunk < width ? chunk : width - first, at = begin + first;
       float* out = in_place_or(y + at, block, streams);
@@ -328,7 +329,7 @@ inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uin
       for (int64_t c = 0; c < columns; ++c) {
         const float m = mean[first + c], k = scale[first + c], o = bias[first + c];
         float s = 0.0f, q = 0.0f;
-        for (int64_t row = 0; row < 4; ++row) {
+        for (int64_t row = 0; row < kTogether; ++row) {
           const int64_t side = at + row * width;
           forward_element<Scalar, kind, with_residual>(x + side, with_residual ? residual + side : nullptr,
                                                         out + row * pitch, flags + side, c, m, k, o, &s, &q);
@@ -361,7 +362,7 @@ inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar*
                           float* block, float* second_block, bool streams) {
   constexpr bool reads_residual = with_residual && kind == Activation::silu;
   int64_t begin = 0;
-  for (; together && begin + 4 * width <= count; begin += 4 * width)
+  for (; together && begin + kTogether * width <= count; begin += kTogether * width)
     for (int64_t first = 0; first < width; first += chunk) {
       const int64_t columns = first + chunk < width ? chunk : width - first, at = begin + first;
       float* out = in_place_or(grad_x + at, block, streams);
@@ -371,7 +372,7 @@ inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar*
       for (int64_t c = 0; c < columns; ++c) {
         const float m = mean[first + c], k = scale[first + c], o = bias[first + c];
         const float level = a[first + c], slope = b[first + c];
-        for (int64_t row = 0; row < 4; ++row) {
+        for (int64_t row = 0; row < kTogether; ++row) {
           const int64_t side = at + row * width;
           backward_element<Scalar, kind, with_residual>(
               x + side, reads_residual ? residual + side : nullptr, grad_y + side, flags + side, out + row * pitch,

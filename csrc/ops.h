@@ -97,8 +97,7 @@ int64_t bn_match_mask_bytes(const BnMatchArguments& arguments);
 // Lets bn_match use no newer instructions than 0: portable code, 1: AVX2, 2: AVX-512; returns what it then uses.
 int limit_instruction_set(int limit);
 
-// Has bn_match write results of so many bytes past the caches; negative: as it does by itself, from half
-// the last cache on.
+// Has bn_match write results of so many bytes past the caches; negative: as it does by itself, from half the last cache.
 void stream_results_from(int64_t bytes);
 
 void bn_match_forward(const BnMatchArguments& arguments, int threads);

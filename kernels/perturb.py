@@ -97,12 +97,12 @@ def perturb(params: list[torch.Tensor], grads: list[torch.Tensor], rho: float) -
     count = len(chunks.owners)
     if count == 0:
         return
-    addresses = torch.tensor([[t.data_ptr() for t in params], [t.data_ptr() for t in grads]], dtype=torch.int64)
-    addresses = addresses.to(device, non_blocking=True)  # (2, tensors)
+    pointers = [[t.data_ptr() for t in tensors] for tensors in (params, grads)]
+    addresses = torch.tensor(pointers, dtype=torch.int64).to(device, non_blocking=True)  # (2, tensors)
     partial = torch.empty(count, dtype=torch.float32, device=device)
     meta = {
         "KIND": KINDS[params[0].dtype],
-        "ALIGNED": all(t.data_ptr() % 16 == 0 for t in (*params, *grads)),
+        "ALIGNED": all(pointer % 16 == 0 for side in pointers for pointer in side),
         "CHUNK": CHUNK,
         "num_warps": WARPS,
     }

@@ -79,8 +79,8 @@ def test_every_instruction_set_gives_the_same_answer(generator, as_before, layou
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [*SHAPES, (34, 40, 16, 16)])
-def test_threads_change_no_bit_and_writes_past_the_caches_next_to_nothing(generator, as_before, layout, shape):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+def test_threads_and_writes_past_the_caches_change_no_bit(generator, as_before, layout, shape):
+    for dtype in (torch.float32, torch.bfloat16):
         for way in every_way(shape, layout, dtype, generator):
             ended = []
             for stream_from in (-1, 0):
@@ -92,9 +92,10 @@ def test_threads_change_no_bit_and_writes_past_the_caches_next_to_nothing(genera
                 for other in results[1:]:
                     assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
                 ended.append(results[0])
-            assert torch.equal(ended[0][0], ended[1][0])  # y; the statistics are added up in another order
-            for a, b in zip(*ended, strict=True):
-                assert (a - b).norm() <= tolerance * a.norm()
+            # float32 in channels_last then goes by longer rows: y stays, the statistics are added in another order.
+            reordered = dtype == torch.float32 and layout == torch.channels_last
+            for position, (a, b) in enumerate(zip(*ended, strict=True)):
+                assert (a - b).norm() <= 1e-5 * a.norm() if reordered and position else torch.equal(a, b)
 
 
 def random_tensor(chooser):
