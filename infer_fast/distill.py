@@ -24,11 +24,11 @@ from tyro.conf import arg
 import infer_fast
 from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet
-from infer_fast.data.files import read_json, write_json
 from infer_fast.data.images import ImageDataset, draw_of_each_class, to_bytes
 from infer_fast.data.sources import canonical_name, has_folders, load_dataset, read_image_set
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
+from infer_fast.files import read_json, write_json
 from infer_fast.models import build
 from infer_fast.outlook import Room, describe, estimate, list_recipes, weights
 from infer_fast.recipes import RECIPES, Engine, Precision, Recipe, SynthesisSettings

@@ -23,9 +23,9 @@ from PIL import Image
 
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
-from infer_fast.data.files import write_atomically
 from infer_fast.data.images import to_bytes
 from infer_fast.errors import InferFastError
+from infer_fast.files import write_atomically
 from infer_fast.progress import stage
 
 Format = Literal["png", "jpg", "parquet"]

@@ -20,10 +20,10 @@ import torch
 from infer_fast import cli
 from infer_fast.data import fkd
 from infer_fast.data.distilled import CARD, DistilledSet, load
-from infer_fast.data.files import write_json
 from infer_fast.data.images import normalise
 from infer_fast.data.loader import Augmentation, Composer, batches, resident_distilled
 from infer_fast.errors import InferFastError
+from infer_fast.files import write_json
 from infer_fast.models.train import at_precision, predict
 from infer_fast.progress import stage
 from infer_fast.recipes import StudentSettings, student_of

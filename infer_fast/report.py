@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
-from infer_fast.data.files import write_atomically, write_text
 from infer_fast.data.images import to_bytes
+from infer_fast.files import write_atomically, write_text
 
 PREVIEW_CLASSES = 10
 TILE = 104  # pixels a shown image is scaled to, at least

@@ -20,11 +20,11 @@ from torch import nn
 from tyro.conf import arg
 
 from infer_fast import cli
-from infer_fast.data.files import read_tensors, write_tensors
 from infer_fast.data.images import ImageDataset, normalise
 from infer_fast.data.loader import Augmentation, feed, training_set
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
+from infer_fast.files import read_tensors, write_tensors
 from infer_fast.models import build
 from infer_fast.models.checkpoint import file_hash, load_checkpoint, load_pretrained
 from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from infer_fast.data.distilled import DistilledSet, quantise
-from infer_fast.data.files import read_tensor, write_tensors
 from infer_fast.data.images import ImageDataset, normalise, to_bytes
 from infer_fast.errors import InferFastError
+from infer_fast.files import read_tensor, write_tensors
 from infer_fast.models.build import SMALL_IMAGE
 from infer_fast.models.engine import choose_engine
 from infer_fast.models.train import choose_precision

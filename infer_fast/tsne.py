@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from infer_fast.data.files import write_atomically
 from infer_fast.data.images import ImageDataset, normalise
 from infer_fast.errors import InferFastError
+from infer_fast.files import write_atomically
 from infer_fast.models.train import predict
 
 CLASSES, EACH = 10, 60  # at most so many classes, and test images of each

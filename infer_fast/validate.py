@@ -24,7 +24,6 @@ from torch import nn
 
 from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet
-from infer_fast.data.files import read_json, write_json, write_text
 from infer_fast.data.fkd import epoch_bytes, replay
 from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, normalise
 from infer_fast.data.loader import (
@@ -37,6 +36,7 @@ from infer_fast.data.loader import (
     training_set,
 )
 from infer_fast.errors import InferFastError
+from infer_fast.files import read_json, write_json, write_text
 from infer_fast.judged import Compare, Judged, ValidateOptions, what_is_judged
 from infer_fast.models import build
 from infer_fast.models.checkpoint import recorded

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import infer_fast
-from infer_fast.data.files import read_tensors
+from infer_fast.files import read_tensors
 from infer_fast.recipes import RECIPES
 
 

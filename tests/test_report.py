@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from infer_fast.data.files import read_json, write_json
+from infer_fast.files import read_json, write_json
 
 
 def test_preview_card_and_page(run_module, copied_run):

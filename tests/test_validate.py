@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from infer_fast.data.distilled import DistilledSet, load, quantise
-from infer_fast.data.files import read_tensors
 from infer_fast.data.fkd import read_epoch
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
+from infer_fast.files import read_tensors
 from infer_fast.models import build
 from infer_fast.recipes import StudentSettings
 from infer_fast.relabel import dynamic_labels, record_labels

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from infer_fast.data.files import read_json, read_tensors, write_tensors
 from infer_fast.errors import InferFastError
+from infer_fast.files import read_json, read_tensors, write_tensors
 from infer_fast.ops import Quantised, compose
 
 TENSORS = "distilled.safetensors"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from infer_fast.data.files import read_tensors, write_tensors
 from infer_fast.data.loader import Augmentation, Composer, Draw, ResidentSet
 from infer_fast.errors import InferFastError
+from infer_fast.files import read_tensors, write_tensors
 
 FOLDER = "fkd"
 STORED_AS = {  # the smallest types that hold the numbers: an image has fewer than 2^15 pixels a side

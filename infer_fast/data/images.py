@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from infer_fast.data.decode import decode_all
-from infer_fast.data.files import read_json, write_json
 from infer_fast.errors import InferFastError
+from infer_fast.files import read_json, write_json
 
 STATISTICS_SAMPLE = 10_000  # images that a set on the disk has its mean and deviation from
 

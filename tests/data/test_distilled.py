@@ -6,9 +6,9 @@ from torch.utils.data import DataLoader
 
 import infer_fast
 from infer_fast.data.distilled import DistilledSet, quantise
-from infer_fast.data.files import write_json
 from infer_fast.data.images import normalise
 from infer_fast.errors import InferFastError
+from infer_fast.files import write_json
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

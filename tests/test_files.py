@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from infer_fast.data.files import read_json, read_tensors, write_atomically, write_json, write_tensors
 from infer_fast.errors import DiskError, InferFastError
+from infer_fast.files import read_json, read_tensors, write_atomically, write_json, write_tensors
 
 
 def test_tensors_and_card_come_back(tmp_path, generator):
@@ -43,7 +43,7 @@ def test_a_real_write_error_is_one_sentence(tmp_path):
     program = (
         "import resource, signal, sys, torch\n"
         "from pathlib import Path\n"
-        "from infer_fast.data.files import write_tensors\n"
+        "from infer_fast.files import write_tensors\n"
         "from infer_fast.errors import DiskError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
