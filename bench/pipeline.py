@@ -19,9 +19,11 @@ import torch
 
 from bench import measure, published
 from bench.train import MEAN, STD, TEMPERATURE, pictures
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.data.images import normalise, to_bytes
-from infer_fast.data.loader import Augmentation, feed, resident_distilled
+from infer_fast.data.loader import feed
+from infer_fast.data.sets import resident_distilled
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, fit, predict, soft_loss
 from infer_fast.recipes import SynthesisSettings, base_images_per_class

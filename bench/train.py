@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 from bench import measure, published
-from infer_fast.data import dali
-from infer_fast.data import folder as folder_of_files
+from infer_fast.data import dali, threads
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.decode import image_files
 from infer_fast.data.images import FileSplit, Split
-from infer_fast.data.loader import Augmentation, FileSet, feed, resident_split
+from infer_fast.data.loader import feed
+from infer_fast.data.sets import FileSet, resident_split
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, fit, soft_loss
 
@@ -134,7 +135,7 @@ def pictures(count: int, size: int) -> torch.Tensor:
 
 def from_files(name: str, case: Case, source: FileSet, logits: torch.Tensor, generator: torch.Generator) -> tuple:
     """One epoch of the JPEG files through DALI or through threads, with each image's class's logits."""
-    epoch = dali.file_batches if name.startswith("dali") else folder_of_files.file_batches
+    epoch = dali.file_batches if name.startswith("dali") else threads.file_batches
     stream = epoch(source, batch_size=case.batch_size, generator=generator)
     return stream, lambda images, labels: (images, logits[labels])
 

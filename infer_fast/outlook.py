@@ -11,12 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from infer_fast import cli
+from infer_fast.data.augment import augmentation_of
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.fkd import epoch_bytes
 from infer_fast.data.images import ImageDataset
 from infer_fast.models import MatchedTeacher, build
 from infer_fast.recipes import DATASETS, RECIPES, Recipe, StudentSettings
-from infer_fast.relabel import augmentation_of
 from infer_fast.squeeze import Teacher
 from infer_fast.synthesis.plan import Plan, make_plan
 

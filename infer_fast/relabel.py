@@ -19,9 +19,11 @@ import torch
 
 from infer_fast import cli
 from infer_fast.data import fkd
+from infer_fast.data.augment import Augmentation, augmentation_of
 from infer_fast.data.distilled import CARD, DistilledSet, load
 from infer_fast.data.images import normalise
-from infer_fast.data.loader import Augmentation, Composer, batches, resident_distilled
+from infer_fast.data.resident import Composer, batches
+from infer_fast.data.sets import resident_distilled
 from infer_fast.errors import InferFastError
 from infer_fast.files import write_json
 from infer_fast.models.train import at_precision, predict
@@ -77,13 +79,6 @@ def dynamic_labels(teachers: list[Teacher], precision: str) -> Callable[[torch.T
             return sum(network(images).float() for network in networks) / len(networks)
 
     return label
-
-
-def augmentation_of(settings: StudentSettings) -> Augmentation:
-    """How a student's training instances are augmented."""
-    return Augmentation(
-        settings.padding, settings.flip, settings.mix_type, settings.mix_alpha, settings.crop == "resized"
-    )
 
 
 def record_labels(

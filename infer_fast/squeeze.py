@@ -20,8 +20,10 @@ from torch import nn
 from tyro.conf import arg
 
 from infer_fast import cli
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.images import ImageDataset, normalise
-from infer_fast.data.loader import Augmentation, feed, training_set
+from infer_fast.data.loader import feed
+from infer_fast.data.sets import training_set
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_tensors, write_tensors

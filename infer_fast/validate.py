@@ -23,18 +23,12 @@ import torch
 from torch import nn
 
 from infer_fast import cli
+from infer_fast.data.augment import augmentation_of
 from infer_fast.data.distilled import CARD, DistilledSet
 from infer_fast.data.fkd import epoch_bytes, replay
 from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, normalise
-from infer_fast.data.loader import (
-    FileSet,
-    ResidentSet,
-    choose_loader,
-    feed,
-    resident_distilled,
-    resident_split,
-    training_set,
-)
+from infer_fast.data.loader import choose_loader, feed
+from infer_fast.data.sets import FileSet, ResidentSet, resident_distilled, resident_split, training_set
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_json, write_json, write_text
 from infer_fast.judged import Compare, Judged, ValidateOptions, what_is_judged
@@ -44,7 +38,7 @@ from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict,
 from infer_fast.outlook import weights
 from infer_fast.progress import Stage, stage
 from infer_fast.recipes import Recipe, StudentSettings, student_of
-from infer_fast.relabel import augmentation_of, dynamic_labels, label_images, record_labels
+from infer_fast.relabel import dynamic_labels, label_images, record_labels
 from infer_fast.squeeze import Teacher
 from infer_fast.tsne import draw
 

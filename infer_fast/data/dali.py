@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infer_fast.data.loader import Augmentation, Composer, FileSet, ResidentSet, batches
+from infer_fast.data.augment import Augmentation
+from infer_fast.data.resident import Composer, batches
+from infer_fast.data.sets import FileSet, ResidentSet
 from infer_fast.errors import InferFastError
 from infer_fast.recipes import CROP_AREA, CROP_RATIO
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from infer_fast.data.loader import Augmentation, Composer, Draw, ResidentSet
+from infer_fast.data.augment import Augmentation, Draw
+from infer_fast.data.resident import Composer
+from infer_fast.data.sets import ResidentSet
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_tensors, write_tensors
 

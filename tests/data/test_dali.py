@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.dali import file_batches
 from infer_fast.data.images import FileSplit, Split
-from infer_fast.data.loader import Augmentation, FileSet, resident_distilled, resident_split
+from infer_fast.data.sets import FileSet, resident_distilled, resident_split
 from infer_fast.errors import InferFastError
 
 from .test_distilled import make

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.fkd import epoch_bytes, epoch_path, read_epoch, replay, write_epoch
-from infer_fast.data.loader import Augmentation, Composer, batches, resident_distilled
+from infer_fast.data.resident import Composer, batches
+from infer_fast.data.sets import resident_distilled
 from infer_fast.errors import InferFastError
 from infer_fast.files import write_tensors
 

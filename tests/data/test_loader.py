@@ -3,16 +3,10 @@
 import pytest
 import torch
 
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.images import Split
-from infer_fast.data.loader import (
-    Augmentation,
-    beta,
-    cutmix_box,
-    feed,
-    inside,
-    resident_distilled,
-    resident_split,
-)
+from infer_fast.data.loader import feed
+from infer_fast.data.sets import resident_distilled, resident_split
 from infer_fast.errors import InferFastError
 
 from .test_distilled import MEAN, STD, make
@@ -88,12 +82,6 @@ def test_a_distilled_set_gives_its_instances(generator):
     assert own.mean == MEAN and own.std == STD
 
 
-def test_beta_has_the_moments_of_beta(generator):
-    draws = torch.cat([beta(0.8, generator) for _ in range(4000)])
-    assert draws.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert draws.var().item() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), abs=0.02)
-
-
 def is_rectangle(mask):
     rows, columns = mask.any(1), mask.any(0)
     gaps = (rows.int().diff().abs().sum() + columns.int().diff().abs().sum()).item()
@@ -114,14 +102,6 @@ def test_cutmix_pastes_a_box_of_the_partner_and_mixes_targets_by_its_area(genera
             pasted += len(found.unique()) == 2
             assert any(is_rectangle(found == level) for level in found.unique())
     assert pasted > 5
-
-
-def test_cutmix_boxes_have_the_weights_area(generator):
-    for share in (0.0, 0.3, 0.9, 1.0):
-        box, weight = cutmix_box(torch.tensor([share]), (16, 12), generator)
-        covered = inside(box, (16, 12)).float().mean()
-        assert weight.item() == pytest.approx(1 - covered.item(), abs=1e-6)
-        assert covered <= 1 - share + 1e-6
 
 
 @pytest.mark.parametrize("mix", ["none", "mixup", "cutmix"])

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.images import Split
-from infer_fast.data.loader import Augmentation, feed, resident_split
+from infer_fast.data.loader import feed
+from infer_fast.data.sets import resident_split
 from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models import build, train
 from infer_fast.models.train import Schedule, accuracy, choose_precision, fit, hard_loss, predict, soft_loss

@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench import memory
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.images import draw_of_each_class, normalise
-from infer_fast.data.loader import Augmentation, Composer, batches, resident_split
+from infer_fast.data.resident import Composer, batches
+from infer_fast.data.sets import resident_split
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models import MatchedTeacher, build

@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from infer_fast.data.augment import Augmentation
 from infer_fast.data.images import FileSplit
-from infer_fast.data.loader import Augmentation, FileSet, choose_loader, feed
+from infer_fast.data.loader import choose_loader, feed
+from infer_fast.data.sets import FileSet
 from infer_fast.errors import InferFastError
 
 LOADERS = ["torch", "dali"]

@@ -17,7 +17,7 @@ from PIL import Image
 from infer_fast.data.crops import ATTEMPTS, crop_boxes
 from infer_fast.data.decode import open_rgb
 from infer_fast.data.images import normalise
-from infer_fast.data.loader import FileSet
+from infer_fast.data.sets import FileSet
 
 AHEAD = 2  # batches that are being decoded while one is trained on
 
