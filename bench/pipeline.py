@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 from bench import measure, published
-from bench.train import MEAN, STD, TEMPERATURE, pictures
+from bench.train import PIXELS, TEMPERATURE, pictures
 from infer_fast.data.augment import Augmentation
 from infer_fast.data.distilled import DistilledSet, quantise
-from infer_fast.data.images import normalise, to_bytes
 from infer_fast.data.loader import feed
 from infer_fast.data.sets import resident_distilled
 from infer_fast.models import build
@@ -100,7 +99,7 @@ def material(case: Case) -> tuple[list[Teacher], torch.Tensor, torch.Tensor, int
     teachers = [Teacher(name, net, 0.0, None, "") for name, net in zip(case.teachers, networks, strict=True)]
     k = base_images_per_class(case.ipc, len(teachers), case.classes)
     base = pictures(case.classes * k, case.size).view(case.classes, k, 3, *size)
-    return teachers, base, normalise(pictures(case.tests, case.size), MEAN, STD).to(measure.device()), k
+    return teachers, base, PIXELS.normalise(pictures(case.tests, case.size)).to(measure.device()), k
 
 
 def whole_ours(case: Case) -> dict[str, float]:
@@ -108,13 +107,13 @@ def whole_ours(case: Case) -> dict[str, float]:
     teachers, base, tests, k = material(case)
     device, clock = measure.device(), Clock()
     settings = SynthesisSettings(iterations=case.iterations, lr=0.05, batch_size=case.classes)
-    images = normalise(base, MEAN, STD).transpose(0, 1).contiguous().to(device)  # (k, C, 3, H, W)
+    images = PIXELS.normalise(base).transpose(0, 1).contiguous().to(device)  # (k, C, 3, H, W)
     views = draw_views(0, 0, list(range(k)), iterations=case.iterations, jitter=settings.jitter)
     dense = torch.stack([Solver(t.network, settings=settings).solve(images, views).cpu() for t in teachers])
     clock.stop("synthesis")
     shape = (case.classes, k, 1 + len(teachers), case.classes)
     names = tuple(str(c) for c in range(case.classes))
-    blank = DistilledSet(base, quantise(dense, STD), torch.zeros(shape, dtype=torch.float16), MEAN, STD, names)
+    blank = DistilledSet(base, quantise(dense, PIXELS.std), torch.zeros(shape, dtype=torch.float16), PIXELS, names)
     distilled = relabel(blank, teachers)
     clock.stop("labels")
     resident = resident_distilled(distilled, soft=True).to(device)
@@ -140,7 +139,7 @@ def whole_published(case: Case) -> dict[str, float]:
     teachers, base, tests, k = material(case)
     device, clock = measure.device(), Clock()
     settings = SynthesisSettings(iterations=case.iterations, lr=0.05, batch_size=case.classes)
-    images = normalise(base, MEAN, STD).transpose(0, 1).contiguous().to(device)
+    images = PIXELS.normalise(base).transpose(0, 1).contiguous().to(device)
     views = draw_views(0, 0, list(range(k)), iterations=case.iterations, jitter=settings.jitter)
     instances = [images.cpu()]
     for teacher in teachers:
@@ -150,10 +149,10 @@ def whole_published(case: Case) -> dict[str, float]:
     whole = torch.stack(instances, dim=2).transpose(0, 1).flatten(0, 2)  # (C * k * (M+1), 3, H, W), class by class
     labels = torch.arange(case.classes).repeat_interleave(len(whole) // case.classes)
     with tempfile.TemporaryDirectory() as folder:
-        published.write_jpegs(to_bytes(whole, MEAN, STD), labels, Path(folder))
+        published.write_jpegs(PIXELS.to_bytes(whole), labels, Path(folder))
         logits = published.label(whole, [t.network for t in teachers], device)
         clock.stop("labels")
-        loader = published.Loader(Path(folder), case.size, case.batch_size, MEAN, STD, resized=False)
+        loader = published.Loader(Path(folder), case.size, case.batch_size, *PIXELS, resized=False)
         student = build(case.student, case.classes, (case.size, case.size), seed=0).to(device)
         train = published.Trainer(student, TEMPERATURE)
         for _ in range(case.epochs):

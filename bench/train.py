@@ -24,11 +24,12 @@ from infer_fast.data.augment import Augmentation
 from infer_fast.data.decode import image_files
 from infer_fast.data.images import FileSplit, Split
 from infer_fast.data.loader import feed
+from infer_fast.data.pixels import Pixels
 from infer_fast.data.sets import FileSet, resident_split
 from infer_fast.models import build
 from infer_fast.models.train import Schedule, fit, soft_loss
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+PIXELS = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TEMPERATURE = 30.0
 
 
@@ -76,14 +77,14 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
     labels = torch.arange(case.classes).repeat_interleave(case.ipc)
     logits = torch.randn(count, case.classes)
     published.write_jpegs(images, labels, folder)
-    loader = published.Loader(folder, case.size, case.batch_size, MEAN, STD, resized=case.size > 64)
-    resident = resident_split(Split(images, labels), case.classes, MEAN, STD, logits).to(device)
+    loader = published.Loader(folder, case.size, case.batch_size, *PIXELS, resized=case.size > 64)
+    resident = resident_split(Split(images, labels), case.classes, PIXELS, logits).to(device)
     augmentation = Augmentation(padding=4, flip=True, mix="mixup", resized=case.size > 64)
     updates = -(-count // case.batch_size)
     files = image_files(folder)
     place = {name: label for label, name in enumerate(sorted({f.parent.name for f in files}))}
     split = FileSplit(tuple(files), torch.tensor([place[f.parent.name] for f in files]), (case.size, case.size))
-    source = FileSet(split.to(device), case.classes, MEAN, STD)
+    source = FileSet(split.to(device), case.classes, PIXELS)
 
     def ours(name: str) -> tuple:
         generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ from tyro.conf import arg
 import infer_fast
 from infer_fast import cli
 from infer_fast.data.distilled import CARD, DistilledSet
-from infer_fast.data.images import ImageDataset, draw_of_each_class, to_bytes
+from infer_fast.data.images import ImageDataset, draw_of_each_class
 from infer_fast.data.sources import canonical_name, has_folders, load_dataset, read_image_set
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
@@ -37,6 +37,7 @@ from infer_fast.report import write_report
 from infer_fast.squeeze import Teacher, squeeze
 from infer_fast.synthesis.memory import choose_lanes
 from infer_fast.synthesis.plan import Plan, make_plan
+from infer_fast.synthesis.problem import pixels_of
 from infer_fast.synthesis.views import task_generator
 from infer_fast.tasks import How, TaskResult, assemble, synthesise
 from infer_fast.validate import Row, check_wandb, log_to_wandb, table, validate, write_results
@@ -220,7 +221,7 @@ def first_teachers(options: DistillOptions) -> Recipe:
 
 def _with_statistics(recipe: Recipe, dataset: ImageDataset) -> Recipe:
     settings = recipe.synthesis
-    filled = replace(settings, mean=settings.mean or dataset.mean, std=settings.std or dataset.std)
+    filled = replace(settings, mean=settings.mean or dataset.pixels.mean, std=settings.std or dataset.pixels.std)
     return replace(recipe, synthesis=filled)
 
 
@@ -248,7 +249,7 @@ def _given_images(folder: Path, plan: Plan, settings: SynthesisSettings) -> torc
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != expected:
             found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise InferFastError(f"{path} holds {found}, expected a tensor {expected}.")
-        columns.append(tensor if tensor.dtype == torch.uint8 else to_bytes(tensor, settings.mean, settings.std))
+        columns.append(tensor if tensor.dtype == torch.uint8 else pixels_of(settings).to_bytes(tensor))
     return torch.stack(columns, dim=1)  # (C, k, 3, H, W)
 
 
@@ -273,8 +274,8 @@ def _card(
         "dataset": {
             "name": dataset.name,
             "classes": dataset.classes,
-            "mean": dataset.mean,
-            "std": dataset.std,
+            "mean": dataset.pixels.mean,
+            "std": dataset.pixels.std,
             "size": dataset.size,
             "training_images": len(dataset.train),
             "test_images": len(dataset.test),

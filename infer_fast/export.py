@@ -23,7 +23,6 @@ from PIL import Image
 
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
-from infer_fast.data.images import to_bytes
 from infer_fast.errors import InferFastError
 from infer_fast.files import write_atomically
 from infer_fast.progress import stage
@@ -60,7 +59,7 @@ def export(distilled: DistilledSet, folder: Path, format: Format = "png") -> int
 def pixels_of(distilled: DistilledSet, position: int) -> np.ndarray:
     """One clean instance as uint8 (H, W, 3)."""
     image = distilled.instances(torch.tensor([position]))
-    return to_bytes(image, distilled.mean, distilled.std)[0].permute(1, 2, 0).numpy()
+    return distilled.pixels.to_bytes(image)[0].permute(1, 2, 0).numpy()
 
 
 def encoded(pixels: np.ndarray, format: Format) -> bytes:

@@ -118,7 +118,7 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Judged:
     if len(dataset.classes) != len(whole.classes):
         raise InferFastError(f"{options.val_dir} has {len(dataset.classes)} classes, this set {len(whole.classes)}.")
     if options.val_dir is not None:  # else the fingerprint has said that they are the set's own
-        dataset = replace(dataset, mean=whole.mean, std=whole.std)
+        dataset = replace(dataset, pixels=whole.pixels)
     dataset = dataset.to(cli.device())
     ipc = options.ipc or recipe.ipc
     distilled = _part(whole, options)
@@ -190,7 +190,7 @@ def _images_of_others(options: ValidateOptions) -> Judged:
     kept = options.output_dir or folder.parent
     labellers = _given_teachers(options, dataset, kept)
     logits = torch.zeros(len(dataset.classes), images.shape[1], 1, len(dataset.classes), dtype=torch.float16)
-    unlabelled = DistilledSet(images, None, logits, dataset.mean, dataset.std, dataset.classes)
+    unlabelled = DistilledSet(images, None, logits, dataset.pixels, dataset.classes)
     ipc = options.ipc or images.shape[1]
     return Judged(relabel(unlabelled, labellers), dataset, labellers, ipc, 0, options.compare, kept)
 

@@ -21,7 +21,7 @@ from infer_fast import cli
 from infer_fast.data import fkd
 from infer_fast.data.augment import Augmentation, augmentation_of
 from infer_fast.data.distilled import CARD, DistilledSet, load
-from infer_fast.data.images import normalise
+from infer_fast.data.pixels import Pixels
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import resident_distilled
 from infer_fast.errors import InferFastError
@@ -58,10 +58,10 @@ def _checked(logits: torch.Tensor, name: str) -> torch.Tensor:
     return logits
 
 
-def label_images(images: torch.Tensor, mean: tuple, std: tuple, teachers: list[Teacher]) -> torch.Tensor:
+def label_images(images: torch.Tensor, pixels: Pixels, teachers: list[Teacher]) -> torch.Tensor:
     """The teachers' averaged logits float32 (N, C) for real images uint8 (N, 3, H, W), rounded to float16 as stored."""
     total = sum(
-        _checked(predict(t.network, lambda p: normalise(images[p], mean, std), len(images)), t.name) for t in teachers
+        _checked(predict(t.network, lambda p: pixels.normalise(images[p]), len(images)), t.name) for t in teachers
     )
     return (total / len(teachers)).half().float()
 

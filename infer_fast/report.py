@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw
 
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
-from infer_fast.data.images import to_bytes
 from infer_fast.files import write_atomically, write_text
 
 PREVIEW_CLASSES = 10
@@ -45,7 +44,7 @@ def write_preview(distilled: DistilledSet, path: Path) -> None:
         top = 2 * header + (row + 1) * (side + GAP) - header
         draw.text((2, top + side // 2), _short(distilled.classes[c], 84), fill="black")
         positions = torch.arange(views) + c * k * views
-        pixels = to_bytes(distilled.instances(positions), distilled.mean, distilled.std)
+        pixels = distilled.pixels.to_bytes(distilled.instances(positions))
         for column in range(len(columns)):
             picture.paste(_tile(pixels[column], side), (90 + column * (side + GAP), top))
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))

@@ -21,7 +21,7 @@ from tyro.conf import arg
 
 from infer_fast import cli
 from infer_fast.data.augment import Augmentation
-from infer_fast.data.images import ImageDataset, normalise
+from infer_fast.data.images import ImageDataset
 from infer_fast.data.loader import feed
 from infer_fast.data.sets import training_set
 from infer_fast.data.sources import load_dataset
@@ -128,7 +128,7 @@ def _train(dataset: ImageDataset, name: str, network: nn.Module, settings: Squee
     schedule = Schedule(
         "sgd", settings.lr, settings.weight_decay, settings.momentum, settings.epochs * per_epoch, per_epoch
     )
-    source = training_set(dataset.train, len(dataset.classes), dataset.mean, dataset.std)
+    source = training_set(dataset.train, len(dataset.classes), dataset.pixels)
     with stage(f"squeeze {name}", settings.epochs * len(dataset.train), "images") as running:
         stream, make = feed(
             settings.loader,
@@ -182,7 +182,7 @@ def _checkpoint_hash(path: Path) -> str:
 
 def measured_accuracy(network: nn.Module, dataset: ImageDataset) -> float:
     """Top-1 accuracy of `network` on the test split, in percent."""
-    logits = predict(network, lambda p: normalise(dataset.test.at(p), dataset.mean, dataset.std), len(dataset.test))
+    logits = predict(network, lambda p: dataset.pixels.normalise(dataset.test.at(p)), len(dataset.test))
     return accuracy(logits, dataset.test.labels)
 
 

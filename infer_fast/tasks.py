@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from infer_fast.data.distilled import DistilledSet, quantise
-from infer_fast.data.images import ImageDataset, normalise, to_bytes
+from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_tensor, write_tensors
 from infer_fast.models.build import SMALL_IMAGE
@@ -24,6 +24,7 @@ from infer_fast.relabel import device_of
 from infer_fast.squeeze import Teacher
 from infer_fast.synthesis import NonFiniteLossError, draw_views
 from infer_fast.synthesis.plan import Plan, TaskBatch
+from infer_fast.synthesis.problem import pixels_of
 from infer_fast.synthesis.solver import LOG_EVERY, Solver
 from infer_fast.synthesis.views import task_generator
 
@@ -178,7 +179,7 @@ def _start(batch: TaskBatch, classes: torch.Tensor, base: torch.Tensor, settings
         ]
         return torch.stack(lanes)
     images = base[classes][:, list(batch.indices)].transpose(0, 1)
-    return normalise(images, settings.mean, settings.std)
+    return pixels_of(settings).normalise(images)
 
 
 def assemble(
@@ -188,16 +189,16 @@ def assemble(
     if plan.optimise == "images":
         stored, compensators = torch.empty(plan.classes, plan.k, *base.shape[2:], dtype=torch.uint8), None
         for (_, index, first), result in results.items():
-            images = to_bytes(result.optimised, dataset.mean, dataset.std)  # (C', 3, H, W)
+            images = dataset.pixels.to_bytes(result.optimised)  # (C', 3, H, W)
             stored[first : first + len(images), index] = images
     else:
         dense = torch.stack(
             [torch.stack([results[m, j, 0].optimised for j in range(plan.k)]) for m in range(len(plan.teachers))]
         )  # (M, k, 3, H, W)
-        stored, compensators = base, quantise(dense, dataset.std)
+        stored, compensators = base, quantise(dense, dataset.pixels.std)
     views = 1 if compensators is None else 1 + len(plan.teachers)
     logits = torch.zeros(plan.classes, plan.k, views, plan.classes, dtype=torch.float16)
-    return DistilledSet(stored, compensators, logits, dataset.mean, dataset.std, dataset.classes)
+    return DistilledSet(stored, compensators, logits, dataset.pixels, dataset.classes)
 
 
 def _task_key(teachers: list[Teacher], base: torch.Tensor, settings: SynthesisSettings, how: dict[str, str]) -> str:

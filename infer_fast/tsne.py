@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from infer_fast.data.images import ImageDataset, normalise
+from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
 from infer_fast.files import write_atomically
 from infer_fast.models.train import predict
@@ -48,7 +48,7 @@ def draw(networks: Mapping[str, nn.Module], dataset: ImageDataset, path: Path, s
 
     shown = range(min(CLASSES, len(dataset.classes)))
     positions = torch.cat([torch.nonzero(dataset.test.labels == c).flatten()[:EACH] for c in shown])
-    images = normalise(dataset.test.images[positions], dataset.mean, dataset.std)
+    images = dataset.pixels.normalise(dataset.test.images[positions])
     labels = dataset.test.labels[positions].cpu().numpy()
     perplexity = min(PERPLEXITY, (len(positions) - 1) / 3)
     figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 5), squeeze=False)

@@ -26,7 +26,7 @@ from infer_fast import cli
 from infer_fast.data.augment import augmentation_of
 from infer_fast.data.distilled import CARD, DistilledSet
 from infer_fast.data.fkd import epoch_bytes, replay
-from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, normalise
+from infer_fast.data.images import ImageDataset, Split, draw_of_each_class
 from infer_fast.data.loader import choose_loader, feed
 from infer_fast.data.sets import FileSet, ResidentSet, resident_distilled, resident_split, training_set
 from infer_fast.errors import InferFastError
@@ -212,7 +212,7 @@ def _candidates(
         )
 
     def whole_dataset() -> Candidate:
-        source = training_set(dataset.train, c, dataset.mean, dataset.std)
+        source = training_set(dataset.train, c, dataset.pixels)
         return Candidate("whole dataset", HARD, dataset.train.nbytes, label * len(dataset.train), lambda _: source)
 
     label_batch = dynamic_labels(teachers, settings.precision) if set(settings.labels) & {"dynamic", "fkd"} else None
@@ -257,8 +257,8 @@ def _random_real(dataset: ImageDataset, ipc: int, seed: int, teachers: list[Teac
     """ipc random training images of every class, drawn anew for each seed."""
     positions = draw_of_each_class(dataset, ipc, torch.Generator().manual_seed(seed)).flatten()
     split = Split(dataset.train.at(positions), dataset.train.labels[positions.to(dataset.device)])
-    logits = None if teachers is None else label_images(split.images, dataset.mean, dataset.std, teachers)
-    return resident_split(split, len(dataset.classes), dataset.mean, dataset.std, logits)
+    logits = None if teachers is None else label_images(split.images, dataset.pixels, teachers)
+    return resident_split(split, len(dataset.classes), dataset.pixels, logits)
 
 
 def _student(
@@ -305,7 +305,7 @@ def _train(
         running.advance()
         if done in moments:
             test = dataset.test
-            logits = predict(network, lambda p: normalise(test.at(p), dataset.mean, dataset.std), len(test))
+            logits = predict(network, lambda p: dataset.pixels.normalise(test.at(p)), len(test))
             measured.append((accuracy(logits, test.labels), accuracy(logits, test.labels, top=5)))
 
     if candidate.replayed is not None:

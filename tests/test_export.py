@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from infer_fast.data.distilled import DistilledSet
-from infer_fast.data.images import to_bytes
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
@@ -20,7 +19,7 @@ def distilled(generator) -> DistilledSet:
 
 def expected_pixels(distilled):
     everything = distilled.instances(torch.arange(len(distilled)))
-    return to_bytes(everything, distilled.mean, distilled.std)
+    return distilled.pixels.to_bytes(everything)
 
 
 def test_png_folders_have_the_published_names_and_the_exact_pixels(distilled, tmp_path):

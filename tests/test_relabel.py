@@ -17,11 +17,9 @@ def teachers():
 
 def test_labels_are_the_averaged_logits_of_stored_instances(tiny_dataset, generator):
     base = torch.stack([tiny_dataset.train.images[tiny_dataset.train.labels == c][:2] for c in range(4)])
-    compensators = quantise(torch.randn(3, 2, 3, 8, 8, generator=generator), tiny_dataset.std)
+    compensators = quantise(torch.randn(3, 2, 3, 8, 8, generator=generator), tiny_dataset.pixels.std)
     empty = torch.zeros(4, 2, 4, 4, dtype=torch.float16)
-    distilled = relabel(
-        DistilledSet(base, compensators, empty, tiny_dataset.mean, tiny_dataset.std, tiny_dataset.classes), teachers()
-    )
+    distilled = relabel(DistilledSet(base, compensators, empty, tiny_dataset.pixels, tiny_dataset.classes), teachers())
     instances = torch.stack([distilled[i][0] for i in range(len(distilled))])
     with torch.no_grad():
         expected = sum(t.network(instances) for t in teachers()) / 2
@@ -29,7 +27,7 @@ def test_labels_are_the_averaged_logits_of_stored_instances(tiny_dataset, genera
 
 
 def test_real_images_get_the_same_kind_of_label(tiny_dataset):
-    logits = label_images(tiny_dataset.test.images, tiny_dataset.mean, tiny_dataset.std, teachers())
+    logits = label_images(tiny_dataset.test.images, tiny_dataset.pixels, teachers())
     assert logits.shape == (24, 4) and torch.equal(logits, logits.half().float())
 
 

@@ -31,9 +31,9 @@ STUDENT = StudentSettings(networks=("convnet",), epochs=10, batch_size=8, paddin
 def parts(tiny_dataset, generator):
     """A distilled set of the tiny dataset (2 bases per class, 1 teacher) and that teacher, untrained."""
     base = torch.stack([tiny_dataset.train.images[tiny_dataset.train.labels == c][:2] for c in range(4)])
-    compensators = quantise(0.01 * torch.randn(1, 2, 3, 8, 8, generator=generator), tiny_dataset.std)
+    compensators = quantise(0.01 * torch.randn(1, 2, 3, 8, 8, generator=generator), tiny_dataset.pixels.std)
     logits = (10 * torch.eye(4)).view(4, 1, 1, 4).expand(4, 2, 2, 4).half().contiguous()
-    distilled = DistilledSet(base, compensators, logits, tiny_dataset.mean, tiny_dataset.std, tiny_dataset.classes)
+    distilled = DistilledSet(base, compensators, logits, tiny_dataset.pixels, tiny_dataset.classes)
     teacher = Teacher("convnet", build("convnet", 4, (8, 8), seed=0).eval(), 25.0, None, "")
     return distilled, tiny_dataset, [teacher]
 

@@ -8,7 +8,7 @@ nothing. DALI draws crops and flips, from a seed of the given generator.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from infer_fast.data.augment import Augmentation
+from infer_fast.data.pixels import AS_STORED, Pixels
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import FileSet, ResidentSet
 from infer_fast.errors import InferFastError
@@ -38,7 +39,7 @@ def resident_batches(
     (images float32 (B, 3, H, W), targets (B, C), weight, partner, box), see Draw. Raises InferFastError without DALI.
     """
     plain = Augmentation(mix=augmentation.mix, mix_alpha=augmentation.mix_alpha)
-    clean = Composer(replace(resident, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))  # [0,1] pixels as they are stored
+    clean = Composer(replace(resident, pixels=AS_STORED))  # [0,1] pixels as they are stored
     waiting: deque[tuple] = deque()
 
     def instances() -> Iterator[torch.Tensor | np.ndarray]:
@@ -62,7 +63,7 @@ def resident_batches(
             images = fn.slice(
                 images, start=start, shape=size, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
             )
-        return _normalised(fn, types, images, resident.mean, resident.std, augmentation.flip)
+        return _normalised(fn, types, images, resident.pixels, augmentation.flip)
 
     for (images,) in _run(augment, batch_size, resident.base.device, seed, workers):
         yield images, *waiting.popleft()
@@ -113,8 +114,8 @@ def file_batches(
             images = fn.decoders.image(files, device=decoder, output_type=types.RGB)
             images = fn.resize(images, resize_shorter=round(size * split.margin), antialias=True)
             images = fn.crop(images, crop=[size, size])
-        pixels = [[255 * v for v in values] for values in (source.mean, source.std)]
-        return _normalised(fn, types, images, *pixels, training and flip)
+        levels = Pixels(*(tuple(255 * v for v in values) for values in source.pixels))
+        return _normalised(fn, types, images, levels, training and flip)
 
     try:
         for (images,) in _run(decode, batch_size, device, seed + shard, workers):
@@ -127,10 +128,10 @@ def file_batches(
         raise InferFastError(f"{broken} is no image that can be decoded: remove or replace it.") from error
 
 
-def _normalised(fn: ModuleType, types: ModuleType, images, mean: Sequence[float], std: Sequence[float], flip: bool):
+def _normalised(fn: ModuleType, types: ModuleType, images, pixels: Pixels, flip: bool):
     mirror = fn.random.coin_flip() if flip else 0
     return fn.crop_mirror_normalize(
-        images, mirror=mirror, mean=list(mean), std=list(std), output_layout="CHW", dtype=types.FLOAT
+        images, mirror=mirror, mean=list(pixels.mean), std=list(pixels.std), output_layout="CHW", dtype=types.FLOAT
     )
 
 

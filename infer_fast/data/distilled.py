@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_json, read_tensors, write_tensors
 from infer_fast.ops import Quantised, compose
@@ -41,15 +42,14 @@ class DistilledSet(Dataset):
     """A distilled set as a torch Dataset of (instance float32 (3, H, W) normalised, logits float32 (C,), class).
 
     base: uint8 (C, k, 3, H, W); compensators: bytes (M, k, 3, H, W) with scale and offset (M, k, 3), or None in image
-    mode; logits: float16 (C, k, M+1, C); mean, std: of the dataset, in [0,1] pixels; card: how it was made.
+    mode; logits: float16 (C, k, M+1, C); pixels: of the dataset; card: how it was made.
     Instance (c, j, 0) is base image j of class c bare; (c, j, 1+m) has teacher m's compensator j added.
     """
 
     base: torch.Tensor
     compensators: Quantised | None
     logits: torch.Tensor
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    pixels: Pixels
     classes: tuple[str, ...]
     card: dict = field(default_factory=dict)
 
@@ -86,7 +86,7 @@ class DistilledSet(Dataset):
 
     def instances(self, positions: torch.Tensor) -> torch.Tensor:
         """The clean instances at int64 positions (N,), float32 (N, 3, H, W), normalised."""
-        return compose(*self.sources(positions), mean=self.mean, std=self.std)
+        return compose(*self.sources(positions), mean=self.pixels.mean, std=self.pixels.std)
 
     def sources(self, positions: torch.Tensor) -> tuple:
         """What compose takes for these positions: base (C*k, ...), base_index, compensators (M*k, ...), their index."""
@@ -147,8 +147,7 @@ def load(path: str | Path) -> DistilledSet:
             base=tensors["base"] if compensators is not None else tensors["images"],
             compensators=compensators,
             logits=tensors["logits"],
-            mean=tuple(dataset["mean"]),
-            std=tuple(dataset["std"]),
+            pixels=Pixels(tuple(dataset["mean"]), tuple(dataset["std"])),
             classes=tuple(dataset["classes"]),
             card=card,
         )

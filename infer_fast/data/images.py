@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from infer_fast.data.decode import decode_all
+from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_json, write_json
 
@@ -111,15 +112,14 @@ def most_resident() -> int:
 class ImageDataset:
     """A training and a test split, the class names, and the training images' channel statistics.
 
-    mean, std: three floats each, of [0,1] pixels over all training images; std is never 0.
+    pixels: what the images are normalised with, over all training images.
     """
 
     name: str
     train: Split | FileSplit
     test: Split | FileSplit
     classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    pixels: Pixels
 
     @property
     def size(self) -> tuple[int, int]:
@@ -138,7 +138,7 @@ class ImageDataset:
     def to(self, device: torch.device) -> ImageDataset:
         """The same dataset with its tensors on `device`."""
         moved = [split.to(device) for split in (self.train, self.test)]
-        result = ImageDataset(self.name, *moved, self.classes, self.mean, self.std)
+        result = ImageDataset(self.name, *moved, self.classes, self.pixels)
         result.__dict__["fingerprint"] = self.fingerprint
         return result
 
@@ -149,12 +149,12 @@ def image_dataset(
     test: Split | FileSplit,
     classes: tuple[str, ...],
     cache: Path | None = None,
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    pixels: Pixels | None = None,
 ) -> ImageDataset:
     """Checks the parts, brings them to one form and adds the channel statistics.
 
     Grey images (N, 1, H, W) are repeated to 3 channels; 28x28 is padded to 32x32 with black, as the field does.
-    statistics: mean and deviation where they are known; else those of the training images (of files on the disk, of
+    pixels: mean and deviation where they are known; else those of the training images (of files on the disk, of
     10,000 drawn from them). cache: a folder where they are kept under the dataset's fingerprint, computed once.
     Raises InferFastError for an empty split, mixed sizes between the splits, or a label out of range.
     """
@@ -166,19 +166,19 @@ def image_dataset(
             f"{name}: training images are {_size(train)} and test images {_size(test)}: all must have one size "
             "(--image-size N brings them to NxN)."
         )
-    if statistics is not None:
-        return ImageDataset(name, train, test, classes, *statistics)
+    if pixels is not None:
+        return ImageDataset(name, train, test, classes, pixels)
     if cache is None:
-        return ImageDataset(name, train, test, classes, *channel_statistics(_sample(train)))
+        return ImageDataset(name, train, test, classes, channel_statistics(_sample(train)))
     fingerprint = _fingerprint(train, test)
     dataset = ImageDataset(
-        name, train, test, classes, *_cached_statistics(train, cache / f"{name}-{fingerprint[:16]}.json")
+        name, train, test, classes, _cached_statistics(train, cache / f"{name}-{fingerprint[:16]}.json")
     )
     dataset.__dict__["fingerprint"] = fingerprint  # hashed once: the property would hash every image again
     return dataset
 
 
-def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: torch.Tensor) -> Pixels:
     """Mean and standard deviation per channel of uint8 images (N, 3, H, W), in [0,1] pixels; exact in integers."""
     mean, std = [], []
     levels = torch.arange(256, dtype=torch.float64)
@@ -189,19 +189,7 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
         variance = (counts * (levels - average) ** 2).sum() / counts.sum()
         mean.append(float(average) / 255)
         std.append(max(float(variance.sqrt()) / 255, 1 / 255))
-    return tuple(mean), tuple(std)
-
-
-def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 (..., 3, H, W) -> float32 (images/255 - mean) / std, same shape."""
-    mean_, std_ = _columns(images.device, mean, std)
-    return (images.float() / 255 - mean_) / std_
-
-
-def to_bytes(normalised: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """float32 (..., 3, H, W), normalised -> uint8 pixels, rounded to nearest and clamped to 0..255."""
-    mean_, std_ = _columns(normalised.device, mean, std)
-    return ((normalised * std_ + mean_) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Pixels((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 def draw_of_each_class(dataset: ImageDataset, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -218,10 +206,6 @@ def draw_of_each_class(dataset: ImageDataset, count: int, generator: torch.Gener
             )
         rows.append(own[torch.randperm(len(own), generator=generator)[:count]])
     return torch.stack(rows)
-
-
-def _columns(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
 
 
 def _check(name: str, split: Split | FileSplit, which: str, classes: int) -> None:
@@ -249,13 +233,13 @@ def _standard_form(split: Split | FileSplit) -> Split | FileSplit:
     return Split(images.contiguous(), split.labels.long())
 
 
-def _cached_statistics(split: Split | FileSplit, path: Path) -> tuple:
+def _cached_statistics(split: Split | FileSplit, path: Path) -> Pixels:
     if path.is_file():
         stored = read_json(path)
-        return tuple(stored["mean"]), tuple(stored["std"])
-    mean, std = channel_statistics(_sample(split))
-    write_json(path, {"mean": mean, "std": std})
-    return mean, std
+        return Pixels(tuple(stored["mean"]), tuple(stored["std"]))
+    pixels = channel_statistics(_sample(split))
+    write_json(path, pixels._asdict())
+    return pixels
 
 
 def _sample(split: Split | FileSplit) -> torch.Tensor:

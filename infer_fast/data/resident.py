@@ -87,8 +87,8 @@ class Composer:
             flip=flip if crop is None else None,
             lam=weight.expand(len(positions)) if mixes else None,
             partner=partner if mixes else None,
-            mean=own.mean,
-            std=own.std,
+            mean=own.pixels.mean,
+            std=own.pixels.std,
             backend=self.backend,
         )
         if crop is not None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.images import FileSplit, Split
+from infer_fast.data.pixels import Pixels
 from infer_fast.ops import Quantised
 
 
@@ -17,7 +18,7 @@ class ResidentSet:
     """Training instances as stored bytes plus what each is labelled with, all on one device.
 
     base: uint8 (N, 3, H, W); base_index: int64 (n,); compensators and compensator_index (n,) or None; targets: float32
-    (n, C) logits (soft) or int64 (n,) classes (hard); mean, std: in [0,1] pixels.
+    (n, C) logits (soft) or int64 (n,) classes (hard).
     """
 
     base: torch.Tensor
@@ -26,8 +27,7 @@ class ResidentSet:
     compensator_index: torch.Tensor | None
     targets: torch.Tensor
     classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    pixels: Pixels
 
     def __len__(self) -> int:
         return len(self.base_index)
@@ -56,12 +56,11 @@ class ResidentSet:
 
 @dataclass(frozen=True)
 class FileSet:
-    """Training images that stay on the disk, with their classes; mean, std: in [0,1] pixels."""
+    """Training images that stay on the disk, with their classes."""
 
     split: FileSplit
     classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    pixels: Pixels
 
     soft = False
 
@@ -69,11 +68,11 @@ class FileSet:
         return len(self.split)
 
 
-def training_set(split: Split | FileSplit, classes: int, mean: tuple, std: tuple) -> ResidentSet | FileSet:
+def training_set(split: Split | FileSplit, classes: int, pixels: Pixels) -> ResidentSet | FileSet:
     """Real images with their classes, to be trained on: resident, or on the disk."""
     if isinstance(split, FileSplit):
-        return FileSet(split, classes, mean, std)
-    return resident_split(split, classes, mean, std)
+        return FileSet(split, classes, pixels)
+    return resident_split(split, classes, pixels)
 
 
 def resident_distilled(distilled: DistilledSet, *, soft: bool) -> ResidentSet:
@@ -81,13 +80,11 @@ def resident_distilled(distilled: DistilledSet, *, soft: bool) -> ResidentSet:
     base, base_index, compensators, index = distilled.sources(torch.arange(len(distilled)))
     targets = distilled.logits.reshape(len(distilled), -1).float() if soft else distilled.labels()
     classes = distilled.logits.shape[-1]
-    return ResidentSet(base, base_index, compensators, index, targets, classes, distilled.mean, distilled.std)
+    return ResidentSet(base, base_index, compensators, index, targets, classes, distilled.pixels)
 
 
-def resident_split(
-    split: Split, classes: int, mean: tuple, std: tuple, logits: torch.Tensor | None = None
-) -> ResidentSet:
+def resident_split(split: Split, classes: int, pixels: Pixels, logits: torch.Tensor | None = None) -> ResidentSet:
     """Real images with their classes, or with teachers' logits float32 (N, C)."""
     index = torch.arange(len(split), device=split.images.device)
     targets = split.labels if logits is None else logits
-    return ResidentSet(split.images, index, None, None, targets, classes, mean, std)
+    return ResidentSet(split.images, index, None, None, targets, classes, pixels)

@@ -20,6 +20,7 @@ import torch
 
 from infer_fast.data.decode import IMAGE_SUFFIXES, decode_all, image_files, open_rgb
 from infer_fast.data.images import FileSplit, ImageDataset, Split, image_dataset, most_resident
+from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError, first_line
 
 AnySplit = Split | FileSplit
@@ -41,7 +42,7 @@ ALIASES = {
 }
 IMAGENET_SIZE = 224
 IMAGENET_MARGIN = 256 / 224  # a test image's shorter side over the square cut from its centre, as torchvision measures
-IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's weights were trained with
+IMAGENET_PIXELS = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's weights were trained with
 DIGITS_TEST_SHARE = 3  # every third image of each class is held out
 
 
@@ -71,10 +72,10 @@ def load_dataset(
     labels are out of range, or a download fails.
     """
     key = canonical_name(name)
-    reading, statistics = Reading(image_size), None
+    reading, pixels = Reading(image_size), None
     if key == "imagenet":
         reading = Reading(image_size or IMAGENET_SIZE, IMAGENET_MARGIN, on_disk=True)
-        statistics = IMAGENET_STATISTICS
+        pixels = IMAGENET_PIXELS
     if data_path is not None:
         parts = _read_path(key, data_path, reading)
         parts = (*parts[:2], _known_names(key, parts[2]))
@@ -82,7 +83,7 @@ def load_dataset(
         parts = read_digits()
     elif val_path is not None:
         test, classes = read_test_folders(val_path, None, reading)
-        return _without_training(key, test, classes, statistics)
+        return _without_training(key, test, classes, pixels)
     elif key in TORCHVISION_NAMES:
         parts = read_torchvision(key, Path("data"), download=True)
     else:
@@ -92,7 +93,7 @@ def load_dataset(
         )
     if val_path is not None:
         parts = (parts[0], *read_test_folders(val_path, parts[2], reading))
-    return image_dataset(key, *parts, cache=cache, statistics=statistics)
+    return image_dataset(key, *parts, cache=cache, pixels=pixels)
 
 
 def canonical_name(name: str) -> str:
@@ -101,9 +102,9 @@ def canonical_name(name: str) -> str:
     return ALIASES.get(key, key)
 
 
-def _without_training(name: str, test: AnySplit, classes: tuple[str, ...], statistics: tuple | None) -> ImageDataset:
+def _without_training(name: str, test: AnySplit, classes: tuple[str, ...], pixels: Pixels | None) -> ImageDataset:
     """A dataset of test images alone: no training image, statistics of the test images where none are known."""
-    judged = image_dataset(name, test, test, classes, statistics=statistics)
+    judged = image_dataset(name, test, test, classes, pixels=pixels)
     nothing = Split(torch.empty(0, 3, *judged.size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
     return replace(judged, train=nothing)
 

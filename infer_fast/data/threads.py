@@ -16,7 +16,6 @@ from PIL import Image
 
 from infer_fast.data.crops import ATTEMPTS, crop_boxes
 from infer_fast.data.decode import open_rgb
-from infer_fast.data.images import normalise
 from infer_fast.data.sets import FileSet
 
 AHEAD = 2  # batches that are being decoded while one is trained on
@@ -44,7 +43,7 @@ def file_batches(
     def ready() -> tuple[torch.Tensor, torch.Tensor]:
         positions, views = waiting.popleft()
         images = torch.from_numpy(np.stack([view.result() for view in views])).to(split.device).permute(0, 3, 1, 2)
-        return normalise(images, source.mean, source.std), split.labels[positions.to(split.device)]
+        return source.pixels.normalise(images), split.labels[positions.to(split.device)]
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for positions in order.split(batch_size):

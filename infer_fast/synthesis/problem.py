@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.models.train import at_precision
@@ -49,7 +50,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         images = self.settings.optimise == "images"
-        self.pixels = pixel_range(self.settings, self.base.device) if images else None
+        self.bounds = pixels_of(self.settings).bounds(self.base.device) if images else None
 
     def start(self) -> torch.Tensor:
         """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W)."""
@@ -116,8 +117,8 @@ class Problem:
 
     def clamp_(self, optimised: torch.Tensor) -> None:
         """Image mode: keeps the images in the normalised range of [0,1] pixels, in place; else does nothing."""
-        if self.pixels is not None:
-            low, high = self.pixels
+        if self.bounds is not None:
+            low, high = self.bounds
             torch.minimum(torch.maximum(optimised, low, out=optimised), high, out=optimised)
 
 
@@ -143,14 +144,11 @@ def lane_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, lanes: int) 
     return each.view(lanes, -1).mean(dim=1)
 
 
-def pixel_range(settings: SynthesisSettings, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalised values of pixels 0 and 1, each float32 (3, 1, 1)."""
+def pixels_of(settings: SynthesisSettings) -> Pixels:
+    """What the settings' images are normalised with. Raises InferFastError where they don't say."""
     if settings.mean is None or settings.std is None:
         raise InferFastError("Images are clamped to [0,1] pixels: give the settings the dataset's mean and std.")
-    mean, std = (
-        torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (settings.mean, settings.std)
-    )
-    return -mean / std, (1 - mean) / std
+    return Pixels(settings.mean, settings.std)
 
 
 def adjusted_teacher(

@@ -9,6 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 from infer_fast.data.augment import Augmentation
 from infer_fast.data.dali import file_batches
 from infer_fast.data.images import FileSplit, Split
+from infer_fast.data.pixels import AS_STORED, Pixels
 from infer_fast.data.sets import FileSet, resident_distilled, resident_split
 from infer_fast.errors import InferFastError
 
@@ -62,7 +63,7 @@ def corner_image():
 def test_loaders_draw_crops_and_flips_from_the_same_distribution(generator, loader):
     """2,000 draws with padding 2: every one of 5 x 5 offsets and both flips, each about as often."""
     split = Split(corner_image().repeat(100, 1, 1, 1), torch.zeros(100, dtype=torch.int64))
-    own = resident_split(split, 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    own = resident_split(split, 2, AS_STORED)
     stream = made(own, loader, batch_size=100, updates=20, augmentation=Augmentation(2, True), generator=generator)
     images = torch.cat([images for images, _ in stream])[:, 0]
     where = images.flatten(1).argmax(1)
@@ -83,7 +84,7 @@ def test_loaders_draw_crops_and_flips_from_the_same_distribution(generator, load
 def test_loaders_mix_with_the_same_weights_and_pixels(generator, loader, mix):
     """400 batches of a black and a white image: the weight of each, and the pixels' mean and deviation."""
     levels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
-    own = resident_split(Split(levels, torch.arange(2)), 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    own = resident_split(Split(levels, torch.arange(2)), 2, AS_STORED)
     how = Augmentation(mix=mix, mix_alpha=0.8)
     batches = made(own, loader, batch_size=2, updates=400, augmentation=how, generator=generator)
     weights = torch.stack([targets.max(1).values for _, targets in batches])[:, 0]  # of the image that has more of it
@@ -108,7 +109,7 @@ def test_loaders_draw_resized_crops_from_torchvisions_distribution(generator, lo
     rows, columns = torch.meshgrid(torch.arange(48) * 4, torch.arange(64) * 3, indexing="ij")
     picture = torch.stack([rows, columns, 0 * rows]).to(torch.uint8)
     split = Split(picture.repeat(100, 1, 1, 1), torch.zeros(100, dtype=torch.int64))
-    own = resident_split(split, 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    own = resident_split(split, 2, AS_STORED)
     how = Augmentation(flip=True, resized=True)
     stream = made(own, loader, batch_size=100, updates=15, augmentation=how, generator=generator)
     images = torch.cat([images for images, _ in stream]) * 255
@@ -144,7 +145,7 @@ def folder(tmp_path, generator):
 def source_of(folder):
     files = sorted(folder.glob("*/*"))
     labels = torch.tensor([int(file.parent.name[-1]) for file in files])
-    return FileSet(FileSplit(tuple(files), labels, (16, 16), 256 / 224), 3, *[(0.5, 0.5, 0.5)] * 2)
+    return FileSet(FileSplit(tuple(files), labels, (16, 16), 256 / 224), 3, Pixels(*[(0.5, 0.5, 0.5)] * 2))
 
 
 def read(folder, **options):

@@ -6,11 +6,12 @@ from torch.utils.data import DataLoader
 
 import infer_fast
 from infer_fast.data.distilled import DistilledSet, quantise
-from infer_fast.data.images import normalise
+from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 from infer_fast.files import write_json
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+PIXELS = Pixels(MEAN, STD)
 
 
 def make(generator, c=3, k=2, m=4, size=5, images=False):
@@ -18,7 +19,7 @@ def make(generator, c=3, k=2, m=4, size=5, images=False):
     compensators = None if images else quantise(torch.randn(m, k, 3, size, size, generator=generator), STD)
     logits = torch.randn(c, k, 1 if images else m + 1, c, generator=generator).half()
     card = {"dataset": {"mean": MEAN, "std": STD, "classes": [f"class {i}" for i in range(c)]}}
-    return DistilledSet(base, compensators, logits, MEAN, STD, tuple(card["dataset"]["classes"]), card)
+    return DistilledSet(base, compensators, logits, PIXELS, tuple(card["dataset"]["classes"]), card)
 
 
 def write(distilled, folder):
@@ -68,10 +69,10 @@ def test_disk_and_back(generator, tmp_path, images):
     write(distilled, tmp_path)
     again = infer_fast.load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(distilled._tensors().values(), again._tensors().values(), strict=True))
-    assert again.classes == distilled.classes and again.mean == MEAN
+    assert again.classes == distilled.classes and again.pixels == PIXELS
     batch = next(iter(DataLoader(again, batch_size=4)))
     assert batch[0].shape == (4, 3, 5, 5) and batch[0].dtype == torch.float32 and batch[1].shape == (4, 3)
-    torch.testing.assert_close(again[0][0], normalise(distilled.base[0, 0], MEAN, STD), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again[0][0], PIXELS.normalise(distilled.base[0, 0]), atol=1e-5, rtol=1e-5)
 
 
 def test_bytes_are_those_of_the_tensors(generator):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from infer_fast.data.images import Split, channel_statistics, image_dataset, normalise, to_bytes
+from infer_fast.data.images import Split, channel_statistics, image_dataset
+from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 
 
@@ -36,15 +37,15 @@ def test_statistics_are_cached_under_the_fingerprint(generator, tmp_path):
     first = image_dataset("d", *parts, ("a", "b", "c"), tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_text('{"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}')
-    assert image_dataset("d", *parts, ("a", "b", "c"), tmp_path).mean == (0.1, 0.2, 0.3)
+    assert image_dataset("d", *parts, ("a", "b", "c"), tmp_path).pixels.mean == (0.1, 0.2, 0.3)
     other = image_dataset("d", split(generator, 6, 3, 4, 4), parts[1], ("a", "b", "c"), tmp_path)
-    assert other.fingerprint != first.fingerprint and other.mean != (0.1, 0.2, 0.3)
+    assert other.fingerprint != first.fingerprint and other.pixels.mean != (0.1, 0.2, 0.3)
 
 
 def test_bytes_survive_normalisation(generator):
     images = split(generator, 4, 3, 5, 5).images
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    assert torch.equal(to_bytes(normalise(images, mean, std), mean, std), images)
+    pixels = Pixels((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    assert torch.equal(pixels.to_bytes(pixels.normalise(images)), images)
 
 
 def test_what_is_wrong_is_named(generator):

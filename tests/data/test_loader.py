@@ -6,16 +6,17 @@ import torch
 from infer_fast.data.augment import Augmentation
 from infer_fast.data.images import Split
 from infer_fast.data.loader import feed
+from infer_fast.data.pixels import AS_STORED
 from infer_fast.data.sets import resident_distilled, resident_split
 from infer_fast.errors import InferFastError
 
-from .test_distilled import MEAN, STD, make
+from .test_distilled import PIXELS, make
 
 
 def resident(generator, count=10, size=4, logits=None):
     """Image i is filled with level 20*i, so that a batch tells what is in it."""
     images = (torch.arange(count) * 20).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, size, size).contiguous()
-    return resident_split(Split(images, torch.arange(count) % 3), 3, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), logits)
+    return resident_split(Split(images, torch.arange(count) % 3), 3, AS_STORED, logits)
 
 
 def made(resident, loader="fused", **options):
@@ -79,7 +80,7 @@ def test_a_distilled_set_gives_its_instances(generator):
         expected = distilled.instances(torch.arange(len(distilled)))
         assert torch.allclose(images.sum((1, 2, 3)).sort()[0], expected.sum((1, 2, 3)).sort()[0], atol=1e-3)
         assert targets.shape == (len(distilled), 3)
-    assert own.mean == MEAN and own.std == STD
+    assert own.pixels == PIXELS
 
 
 def is_rectangle(mask):

@@ -8,6 +8,7 @@ from PIL import Image
 from infer_fast.data.augment import Augmentation
 from infer_fast.data.images import FileSplit
 from infer_fast.data.loader import choose_loader, feed
+from infer_fast.data.pixels import AS_STORED
 from infer_fast.data.sets import FileSet
 from infer_fast.errors import InferFastError
 
@@ -30,7 +31,7 @@ def files(folder, count=10, size=(40, 30)):
 
 def made(split, loader, **options):
     needed(loader)
-    source = FileSet(split, 3, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    source = FileSet(split, 3, AS_STORED)
     stream, make = feed(loader, source, **{"augmentation": Augmentation(flip=True), **options})
     return [make(*batch) for batch in stream]
 
@@ -108,7 +109,7 @@ def test_a_corrupt_file_is_named(tmp_path, generator, loader):
 
 
 def test_the_loader_of_files_is_dali_or_torch(tmp_path, monkeypatch):
-    source = FileSet(files(tmp_path, 2), 3, (0.0,) * 3, (1.0,) * 3)
+    source = FileSet(files(tmp_path, 2), 3, AS_STORED)
     with pytest.raises(InferFastError, match="fused needs a set in memory"):
         choose_loader("fused", source)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -9,6 +9,7 @@ from torch import nn
 from infer_fast.data.augment import Augmentation
 from infer_fast.data.images import Split
 from infer_fast.data.loader import feed
+from infer_fast.data.pixels import Pixels
 from infer_fast.data.sets import resident_split
 from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models import build, train
@@ -140,7 +141,7 @@ def test_a_captured_step_trains_as_an_eager_one(generator, optimizer, dynamic, l
     """Epochs of 3 full batches and a short one, so two graphs; and nothing waits for the device once captured."""
     device = torch.device("cuda")
     images = torch.randint(0, 256, (28, 3, 16, 16), generator=generator).to(torch.uint8)
-    own = resident_split(Split(images, torch.arange(28) % 4), 4, (0.5,) * 3, (0.25,) * 3).to(device)
+    own = resident_split(Split(images, torch.arange(28) % 4), 4, Pixels((0.5,) * 3, (0.25,) * 3)).to(device)
     teacher = Teacher("convnet", build("convnet", 4, (16, 16), seed=1).eval().to(device), 0.0, None, "")
     label = dynamic_labels([teacher], "float32") if dynamic else None
     trained = []

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bench import memory
 from infer_fast.data.augment import Augmentation
-from infer_fast.data.images import draw_of_each_class, normalise
+from infer_fast.data.images import draw_of_each_class
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import resident_split
 from infer_fast.data.sources import load_dataset
@@ -214,13 +214,13 @@ def test_bfloat16_ends_within_2_percent_of_float32_on_digits():
     dataset = load_dataset("digits")
     size, classes = dataset.size, len(dataset.classes)
     network = build("convnet", classes, size, seed=0)
-    split = resident_split(dataset.train, classes, dataset.mean, dataset.std)
+    split = resident_split(dataset.train, classes, dataset.pixels)
     generator = torch.Generator().manual_seed(0)
     schedule = Schedule("sgd", lr=0.05, weight_decay=5e-4, momentum=0.9, updates=60, updates_per_epoch=20)
     drawn = batches(split, batch_size=64, updates=60, augmentation=Augmentation(padding=1), generator=generator)
     fit(network, drawn, hard_loss, schedule, make=Composer(split))
     base = dataset.train.images[draw_of_each_class(dataset, 3, generator)].transpose(0, 1)  # (3, 10, 3, 8, 8)
-    base = normalise(base, dataset.mean, dataset.std)
+    base = dataset.pixels.normalise(base)
     settings = SynthesisSettings(iterations=60, lr=0.02, jitter=1)
     ends = [
         solve_loss(network, base, solve(network, base, settings=settings, precision=p)[:, None], settings)
