@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import measure, published
 from infer_fast.models import build
 from infer_fast.models.engine import capture
+from infer_fast.models.execution import Execution, at_precision, processor_has_bfloat16
 from infer_fast.models.surgery import freeze_convolutions
-from infer_fast.models.train import at_precision, processor_has_bfloat16
 from infer_fast.recipes import INFER_TEACHERS, RECIPES, SynthesisSettings
 from infer_fast.synthesis import Views, draw_views
 from infer_fast.synthesis.plan import make_plan
@@ -98,10 +98,14 @@ def teacher_row(name: str, case: Case, rates: dict[str, float]) -> dict:
 
     ways: dict[str, Callable[[], object]] = {"published": the_published_way} if published_fits else {}
     for precision in rates:
-        ways[precision] = lambda p=precision: Solver(teacher, settings=settings, precision=p).solve(base, views)
+        ways[precision] = lambda p=precision: _solver(teacher, settings, p).solve(base, views)
         ways[f"floor {precision}"] = floor(teacher, base.flatten(0, 1), precision, case.iterations)
     taken = measure.milliseconds_in_turn(ways, case.rounds, warm_up=False)  # the check has warmed up
     return row(name, case, {way: t / case.iterations for way, t in taken.items()}, flops(teacher, base), rates)
+
+
+def _solver(teacher: nn.Module, settings: SynthesisSettings, precision: str) -> Solver:
+    return Solver(teacher, settings=settings, execution=Execution(precision))
 
 
 def agrees(name: str, teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views) -> bool:
@@ -112,7 +116,7 @@ def agrees(name: str, teacher: nn.Module, base: torch.Tensor, settings: Synthesi
         expected = published.solve(teacher, base[0], settings, views.shift[:, 0])
     except torch.OutOfMemoryError:
         return False
-    got = Solver(teacher, settings=settings, precision="float32").solve(base[:1], views)[0]
+    got = _solver(teacher, settings, "float32").solve(base[:1], views)[0]
     error = ((got - expected).norm() / expected.norm()).item()
     if not error < 0.05:  # Adam turns the sign of a tiny gradient into a whole step: a few pixels may differ
         raise SystemExit(f"{name}: compensators differ by {error:.2g}")

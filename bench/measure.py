@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from infer_fast.models.train import at_precision
+from infer_fast.models.execution import at_precision
 from infer_fast.ops.backend import HAS_TRITON, native
 
 

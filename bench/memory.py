@@ -17,8 +17,10 @@ import torch
 
 from bench import measure, published
 from infer_fast.models import build
+from infer_fast.models.execution import Execution
 from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
 from infer_fast.synthesis import draw_views, solve
+from infer_fast.synthesis.solver import Solver
 
 WAYS = ("published", "float32", "bfloat16")
 
@@ -61,7 +63,7 @@ def one_iteration(name: str, classes: int, way: str, chunk: int | None = None) -
     if way == "published":
         published.solve(teacher, base[0], settings, views.shift[:, 0])
     else:
-        solve(teacher, base, settings=settings, views=views, precision=way, chunk=chunk)
+        Solver(teacher, settings=settings, execution=Execution(way), chunk=chunk).solve(base, views)
     print(_highest_bytes() - before)
 
 

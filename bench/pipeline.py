@@ -19,15 +19,15 @@ import torch
 
 from bench import measure, published
 from bench.train import PIXELS, TEMPERATURE, pictures
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.data.loader import feed
 from infer_fast.data.sets import resident_distilled
 from infer_fast.models import build
-from infer_fast.models.train import Schedule, fit, predict, soft_loss
+from infer_fast.models.teacher import Teacher
+from infer_fast.models.train import Schedule, Training, fit, predict, soft_loss
 from infer_fast.recipes import SynthesisSettings, base_images_per_class
 from infer_fast.relabel import relabel
-from infer_fast.squeeze import Teacher
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.solver import Solver
 
@@ -118,17 +118,11 @@ def whole_ours(case: Case) -> dict[str, float]:
     clock.stop("labels")
     resident = resident_distilled(distilled, soft=True).to(device)
     per_epoch = -(-len(distilled) // case.batch_size)
-    stream, make = feed(
-        "auto",
-        resident,
-        batch_size=case.batch_size,
-        updates=case.epochs * per_epoch,
-        augmentation=Augmentation(4, True, "mixup"),
-        generator=torch.Generator().manual_seed(0),
-    )
+    augmentation, generator = Augmentation(4, True, "mixup"), torch.Generator().manual_seed(0)
+    stream, make = feed("auto", resident, Sampling(case.batch_size, case.epochs * per_epoch, augmentation, generator))
     student = build(case.student, case.classes, (case.size, case.size), seed=0).to(device)
     schedule = Schedule("adamw", 1e-3, 0.01, 0.9, case.epochs * per_epoch, per_epoch)
-    fit(student, stream, soft_loss(TEMPERATURE), schedule, make=make)
+    fit(student, Training(stream, soft_loss(TEMPERATURE), make), schedule)
     predict(student, lambda p: tests[p], len(tests))
     clock.stop("training")
     return clock.stages

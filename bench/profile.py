@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import measure
 from infer_fast.models import build
+from infer_fast.models.execution import Execution
 from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.solver import Loop, Solver
@@ -78,7 +79,7 @@ def prepared(name: str, engine: str, classes: int) -> Loop:
     base = torch.randn(1, classes, 3, 32, 32, device=device)
     settings = SynthesisSettings(iterations=1000, lr=0.01, batch_size=classes)
     views = draw_views(0, 0, [0], iterations=settings.iterations, jitter=settings.jitter).to(device)
-    solver = Solver(teacher, settings=settings, engine=engine)
+    solver = Solver(teacher, settings=settings, execution=Execution(engine=engine))
     return solver.prepare(base, views, torch.arange(classes, device=device))
 
 

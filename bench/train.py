@@ -10,7 +10,6 @@ infer_fast.data.loader, and the training step as infer_fast.models.train.fit run
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +19,16 @@ import torch
 
 from bench import measure, published
 from infer_fast.data import dali, threads
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.decode import image_files
 from infer_fast.data.images import FileSplit, Split
 from infer_fast.data.loader import feed
 from infer_fast.data.pixels import Pixels
 from infer_fast.data.sets import FileSet, resident_split
+from infer_fast.extras import installed
 from infer_fast.models import build
-from infer_fast.models.train import Schedule, fit, soft_loss
+from infer_fast.models.execution import Execution
+from infer_fast.models.train import Schedule, Training, fit, soft_loss
 
 PIXELS = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TEMPERATURE = 30.0
@@ -90,8 +91,7 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
         generator = torch.Generator().manual_seed(0)
         if name.endswith("files"):
             return from_files(name, case, source, logits.to(device), generator)
-        options = {"batch_size": case.batch_size, "updates": updates}
-        return feed(name, resident, augmentation=augmentation, generator=generator, **options)
+        return feed(name, resident, Sampling(case.batch_size, updates, augmentation, generator))
 
     def load(name: str) -> Callable[[], None]:
         def run() -> None:
@@ -102,7 +102,7 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
         return run
 
     names = ["fused", "torch", "dali"] + ["dali files", "torch files"] * (case.size > 64)
-    if importlib.util.find_spec("nvidia.dali") is None:
+    if not installed("nvidia.dali"):
         names = [name for name in names if not name.startswith("dali")]
     loading = {"published": lambda: [None for _ in loader.epoch(logits, device)], **{n: load(n) for n in names}}
     alone = measure.milliseconds_in_turn(loading, case.rounds)
@@ -164,7 +164,7 @@ def train_published(case: Case, loader: published.Loader, logits: torch.Tensor, 
 def train_ours(case: Case, stream, make: Callable, updates: int) -> None:
     student = build(case.student, case.classes, (case.size, case.size), seed=0).to(measure.device())
     schedule = Schedule("adamw", 1e-3, 0.01, 0.9, updates, updates)
-    fit(student, stream, soft_loss(TEMPERATURE), schedule, make=make, precision="fast")
+    fit(student, Training(stream, soft_loss(TEMPERATURE), make), schedule, Execution("fast"))
 
 
 if __name__ == "__main__":

@@ -32,13 +32,11 @@ def take_recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
     return args[0], RECIPES[args[0]], args[1:]
 
 
-def value_of(args: list[str], *flags: str) -> str | None:
-    """The value that one of `flags` is given on the command line, needed before parsing; None where it is not."""
-    for position, word in enumerate(args):
-        name, equals, value = word.partition("=")
-        if name.replace("_", "-") in flags:
-            return value if equals else (args[position + 1] if position + 1 < len(args) else None)
-    return None
+def glance(kind: type[Options], args: list[str], prog: str) -> Options:
+    """Those of the flags that `kind` has (every field with a default), needed before the rest can be parsed."""
+    asked = [word for word in args if word not in ("-h", "--help")]  # for all flags, not for these alone
+    known, _ = tyro.cli(kind, args=asked, prog=prog, return_unknown_args=True)
+    return known
 
 
 def parse(kind: type[Options], default: Options, args: list[str], prog: str, description: str) -> Options:

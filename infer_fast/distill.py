@@ -13,8 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,26 +22,32 @@ from tyro.conf import arg
 
 import infer_fast
 from infer_fast import cli
-from infer_fast.data.distilled import CARD, DistilledSet
-from infer_fast.data.images import ImageDataset, draw_of_each_class
-from infer_fast.data.sources import canonical_name, has_folders, load_dataset, read_image_set
+from infer_fast.data.card import ByteCard, Card, DatasetCard, ExecutionCard, Row, TaskCard, TeacherCard, VersionCard
+from infer_fast.data.distilled import DistilledSet
+from infer_fast.data.images import ImageDataset
+from infer_fast.data.loader import check_loader
+from infer_fast.data.sources import canonical_name, load_dataset
+from infer_fast.dry_run import describe, estimate, list_recipes
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
-from infer_fast.files import read_json, write_json
-from infer_fast.models import build
-from infer_fast.outlook import Room, describe, estimate, list_recipes, weights
-from infer_fast.recipes import RECIPES, Engine, Precision, Recipe, SynthesisSettings
+from infer_fast.files import write_json
+from infer_fast.models.execution import Execution
+from infer_fast.models.teacher import Teacher
+from infer_fast.progress import Clock
+from infer_fast.recipes import RECIPES, Engine, Precision, Recipe
 from infer_fast.relabel import relabel
 from infer_fast.report import write_report
-from infer_fast.squeeze import Teacher, squeeze
-from infer_fast.synthesis.memory import choose_lanes
+from infer_fast.squeeze import Origin, squeeze
+from infer_fast.students.candidates import Evaluation
+from infer_fast.students.results import WandbRun
+from infer_fast.students.training import check_students
+from infer_fast.synthesis.base import base_images
+from infer_fast.synthesis.memory import ROOM, Demand, Room, find_room
 from infer_fast.synthesis.plan import Plan, make_plan
-from infer_fast.synthesis.problem import pixels_of
-from infer_fast.synthesis.views import task_generator
-from infer_fast.tasks import How, TaskResult, assemble, synthesise
-from infer_fast.validate import Row, check_wandb, log_to_wandb, table, validate, write_results
+from infer_fast.synthesis.tasks import Results, Synthesis, assemble, synthesise
+from infer_fast.validate import STORE, present, validate
 
-ROOM = "room.json"
+PROG = "python -m infer_fast.distill [RECIPE]"
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,21 @@ class DistillOptions:
     """print the plan (tasks, bytes, estimated time) and stop"""
 
     @property
-    def how(self) -> How:
-        """How the teachers' passes are run."""
-        return How(self.precision, self.engine, self.backend)
+    def execution(self) -> Execution:
+        """How the teachers' passes are run, as it was asked for."""
+        return Execution(self.precision, self.engine, self.backend)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of the main job that is decided and not begun: on which data, by which recipe, in which batches."""
+
+    recipe_name: str
+    recipe: Recipe
+    dataset: ImageDataset
+    folder: Path
+    room: Room
+    plan: Plan
 
 
 def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
@@ -99,102 +116,99 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
 
     Raises InferFastError, after saving everything that was finished, for bad input or a task that diverged.
     """
-    check_wandb(options.wandb_name)
-    began = time.monotonic()
-    dataset = _dataset(options)
-    recipe = _with_statistics(first_teachers(options), dataset)
-    folder = options.syn_data_path / (options.exp_name or recipe_name)
-    room = find_room(options, recipe, dataset, folder)
-    plan = make_plan(recipe, len(dataset.classes), dataset.size, room.lanes)
-    if options.dry_run:
-        print(describe(plan, dataset, room, estimate(plan, recipe, dataset)))
-        return []
-    base = _base_images(dataset, recipe, plan, options.init_path)
-    clock = {"dataset": time.monotonic() - began}
-
-    began = time.monotonic()
-    teachers = squeeze(
-        dataset,
-        recipe.arch_name,
-        recipe.squeeze,
-        seed=recipe.synthesis.seed,
-        folder=options.syn_data_path / "teachers",
-        checkpoints=options.arch_path[: options.M],
-        weights=recipe.arch_weights,
-    )
-    clock["squeeze"] = time.monotonic() - began
-
-    began = time.monotonic()
-    write_json(folder / ROOM, room._asdict())
-    wanted = range(options.ipc_start, plan.k if options.ipc_end is None else min(options.ipc_end, plan.k))
-    results = synthesise(plan, teachers, base, recipe.synthesis, folder, options.how, room.chunks, wanted)
-    clock["synthesis"] = time.monotonic() - began
+    clock, log = Clock(), WandbRun(options.wandb_name)
+    log.check()
+    with clock.stage("dataset"):
+        job = decide(options, recipe_name)
+        if options.dry_run:
+            print(describe(job.plan, job.dataset, job.room, estimate(job.plan, job.recipe, job.dataset)))
+            return []
+        base = base_images(job.dataset, job.recipe.synthesis, job.plan, options.init_path)
+    with clock.stage("squeeze"):
+        teachers = squeeze(job.dataset, job.recipe.arch_name, _origin(options, job), options.syn_data_path / "teachers")
+    with clock.stage("synthesis"):
+        work = _synthesis(options, job, teachers, base)
+        results = synthesise(work, job.folder, _wanted(options, job))
     if results is None:
-        print(f"Tasks {wanted.start}..{wanted.stop - 1} are solved; run the others, then once without a range.")
+        done = _wanted(options, job)
+        print(f"Tasks {done.start}..{done.stop - 1} are solved; run the others, then once without a range.")
         return []
-
-    began = time.monotonic()
-    distilled = relabel(assemble(plan, base, results, dataset), teachers)
-    distilled = replace(
-        distilled,
-        card=_card(distilled, dataset, recipe, recipe_name, plan, teachers, results, options, room, folder, clock),
-    )
-    distilled.save(folder)
-    clock["relabel"] = time.monotonic() - began
+    with clock.stage("relabel"):
+        distilled = relabel(assemble(job.plan, base, results, job.dataset), teachers)
+        distilled.save(job.folder)
+    card = replace(_card(options, job, work, results, distilled), seconds=clock.seconds)
     if options.store_best_images:
-        export(distilled, folder / "images", "jpg")
-    write_json(folder / CARD, distilled.card)
-    write_report(folder)
-
-    began = time.monotonic()
-    rows = validate(
-        distilled,
-        dataset,
-        teachers,
-        recipe.student,
-        ipc=recipe.ipc,
-        compare=recipe.compare,
-        seeds=recipe.seeds,
-        seed=recipe.synthesis.seed,
-        store=folder / "students.json",
-        labels_folder=folder,
-    )
-    clock["validate"] = time.monotonic() - began
-    text = table(rows, dataset.train.nbytes)
-    write_results(folder, text, rows)
-    card = {**distilled.card, "seconds": clock, "table": text, "results": [asdict(r) for r in rows]}
-    write_json(folder / CARD, card)
-    write_report(folder)
-    print(text)
-    print("\n" + weights(distilled, teachers, recipe.student, dataset.train.nbytes))
-    if options.wandb_name is not None:
-        log_to_wandb(rows, options.wandb_name)
-    print(f"\nThe distilled set is in {folder} (preview.png shows it, report.html tells the rest).")
+        export(distilled, job.folder / "images", "jpg")
+    _publish(card, job.folder)
+    with clock.stage("validate"):
+        evaluation = _evaluation(job, distilled, teachers)
+        rows = validate(evaluation)
+    text = present(evaluation, rows, job.folder, log)
+    _publish(replace(card, table=text, results=tuple(rows)), job.folder)
+    print(f"\nThe distilled set is in {job.folder} (preview.png shows it, report.html tells the rest).")
     return rows
 
 
-def find_room(options: DistillOptions, recipe: Recipe, dataset: ImageDataset, folder: Path) -> Room:
-    """The lanes and chunks of each teacher: what was asked for, else what this run began with, else what fits now."""
-    device, names = cli.device(), list(recipe.arch_name)
-    settings, classes = recipe.synthesis, len(dataset.classes)
-    images = classes if settings.optimise == "compensator" else min(settings.batch_size, classes)
-    made_for = [names, images, list(dataset.size), recipe.ipc, settings.optimise, options.precision, device.type]
-    path = folder / ROOM
-    if options.lanes is not None:
-        lanes, chunks = [options.lanes] * len(names), [None] * len(names)
-    elif path.is_file() and (written := read_json(path))["made_for"] == made_for:
-        lanes, chunks = written["lanes"], written["chunks"]
-    else:
-        found = []
-        for name in names:
-            network = build(name, len(dataset.classes), dataset.size, seed=0).to(device)
-            found.append(choose_lanes(network, images, dataset.size, options.precision, recipe.ipc))
-        lanes, chunks = (list(each) for each in zip(*found, strict=True))
-    if options.chunk is not None:
-        chunks = [options.chunk] * len(names)
-    elif 0 < settings.batch_size < images:  # a compensator is shared by all classes: these are the images of one pass
-        chunks = [min(chunk or images, settings.batch_size) for chunk in chunks]
-    return Room(lanes, chunks, made_for)
+def decide(options: DistillOptions, recipe_name: str) -> Job:
+    """What the options ask for, settled: the dataset on its device, the recipe filled in, the plan of the tasks."""
+    dataset = _dataset(options)
+    recipe = _with_statistics(first_teachers(options), dataset)
+    folder = options.syn_data_path / (options.exp_name or recipe_name)
+    classes, settings = len(dataset.classes), recipe.synthesis
+    shared = settings.optimise == "compensator"  # by all classes: batch_size is then that of one pass
+    check_students(recipe.student, classes, dataset.size)
+    check_loader(recipe.squeeze.loader)
+    demand = Demand(
+        recipe.arch_name,
+        classes,
+        classes if shared else min(settings.batch_size, classes),
+        dataset.size,
+        recipe.ipc,
+        settings.optimise,
+        options.precision,
+        settings.batch_size if shared and settings.batch_size > 0 else None,
+    )
+    room = find_room(demand, dataset.device, folder, options.lanes, options.chunk)
+    return Job(recipe_name, recipe, dataset, folder, room, make_plan(recipe, classes, dataset.size, room.lanes))
+
+
+def _origin(options: DistillOptions, job: Job) -> Origin:
+    recipe = job.recipe
+    return Origin(recipe.squeeze, recipe.synthesis.seed, options.arch_path[: options.M], recipe.arch_weights)
+
+
+def _synthesis(options: DistillOptions, job: Job, teachers: list[Teacher], base: torch.Tensor) -> Synthesis:
+    """The tasks; the room they were planned for is kept with the run, which goes on as it began."""
+    write_json(job.folder / ROOM, job.room._asdict())
+    execution = options.execution.on(job.dataset.device)
+    return Synthesis(job.plan, teachers, base, job.recipe.synthesis, execution, job.room.chunks)
+
+
+def _wanted(options: DistillOptions, job: Job) -> range:
+    """The task indices to solve here."""
+    return range(options.ipc_start, job.plan.k if options.ipc_end is None else min(options.ipc_end, job.plan.k))
+
+
+def _evaluation(job: Job, distilled: DistilledSet, teachers: list[Teacher]) -> Evaluation:
+    recipe = job.recipe
+    return Evaluation(
+        distilled,
+        job.dataset,
+        teachers,
+        recipe.student,
+        recipe.ipc,
+        recipe.compare,
+        recipe.seeds,
+        recipe.synthesis.seed,
+        store=job.folder / STORE,
+        labels_folder=job.folder,
+    )
+
+
+def _publish(card: Card, folder: Path) -> None:
+    """Writes the card, and the pages that are made from it."""
+    card.write(folder)
+    write_report(folder)
 
 
 def _dataset(options: DistillOptions) -> ImageDataset:
@@ -225,98 +239,57 @@ def _with_statistics(recipe: Recipe, dataset: ImageDataset) -> Recipe:
     return replace(recipe, synthesis=filled)
 
 
-def _base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, init_path: Path | None) -> torch.Tensor:
-    """uint8 (C, k, 3, H, W) on the CPU: k random training images of every class, or those of --init-path."""
-    if init_path is not None and not (init_path / "tensor_0.pt").is_file() and has_folders(init_path):
-        return read_image_set(init_path, dataset.classes, plan.size[0], plan.k)
-    if init_path is not None:
-        return _given_images(init_path, plan, recipe.synthesis)
-    generator = task_generator(recipe.synthesis.seed, 0, 0, "base images")
-    return dataset.train.at(draw_of_each_class(dataset, plan.k, generator)).cpu()  # (C, k, 3, H, W)
-
-
-def _given_images(folder: Path, plan: Plan, settings: SynthesisSettings) -> torch.Tensor:
-    expected = (plan.classes, 3, *plan.size)
-    columns = []
-    for j in range(plan.k):
-        path = folder / f"tensor_{j}.pt"
-        if not path.is_file():
-            raise InferFastError(f"{path} does not exist: --init-path needs tensor_0.pt to tensor_{plan.k - 1}.pt.")
-        try:
-            tensor = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # every way a torch file can be damaged, or hold more than tensors
-            raise InferFastError(f"{path} is not a tensor file that can be loaded safely.") from error
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != expected:
-            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise InferFastError(f"{path} holds {found}, expected a tensor {expected}.")
-        columns.append(tensor if tensor.dtype == torch.uint8 else pixels_of(settings).to_bytes(tensor))
-    return torch.stack(columns, dim=1)  # (C, k, 3, H, W)
-
-
-def _card(
-    distilled: DistilledSet,
-    dataset: ImageDataset,
-    recipe: Recipe,
-    recipe_name: str,
-    plan: Plan,
-    teachers: list[Teacher],
-    results: dict[tuple[int, int, int], TaskResult],
-    options: DistillOptions,
-    room: Room,
-    folder: Path,
-    clock: dict[str, float],
-) -> dict:
-    device = cli.device()
-    whole = dataset.train.nbytes
-    return {
-        "recipe_name": recipe_name,
-        "recipe": asdict(recipe),
-        "dataset": {
-            "name": dataset.name,
-            "classes": dataset.classes,
-            "mean": dataset.pixels.mean,
-            "std": dataset.pixels.std,
-            "size": dataset.size,
-            "training_images": len(dataset.train),
-            "test_images": len(dataset.test),
-            "fingerprint": dataset.fingerprint,
-            "data_path": None if options.data_path is None else str(options.data_path),
-            "val_dir": None if options.val_dir is None else str(options.val_dir),
-            "image_size": options.image_size,
-        },
-        "teachers": [
-            {
-                "name": t.name,
-                "accuracy": t.accuracy,
-                "sha256": t.sha256,
-                "path": os.path.relpath(t.path, folder),
-            }
-            for t in teachers
-        ],
-        "k": plan.k,
-        "ipc": plan.ipc,
-        "bytes": {
-            "images": distilled.image_bytes,
-            "budget": plan.budget_bytes,
-            "labels": distilled.label_bytes,
-            "dataset": whole,
-            "ratio": whole / distilled.image_bytes,
-        },
-        "tasks": [
-            {"teacher": plan.teachers[m], "index": j, "first_loss": losses[0], "last_loss": losses[-1]}
+def _card(options: DistillOptions, job: Job, work: Synthesis, results: Results, distilled: DistilledSet) -> Card:
+    dataset, plan, how = job.dataset, job.plan, work.execution
+    device, whole = dataset.device, dataset.train.nbytes
+    return Card(
+        recipe_name=job.recipe_name,
+        recipe=job.recipe,
+        dataset=DatasetCard(
+            name=dataset.name,
+            classes=dataset.classes,
+            mean=dataset.pixels.mean,
+            std=dataset.pixels.std,
+            size=dataset.size,
+            training_images=len(dataset.train),
+            test_images=len(dataset.test),
+            fingerprint=dataset.fingerprint,
+            data_path=None if options.data_path is None else str(options.data_path),
+            val_dir=None if options.val_dir is None else str(options.val_dir),
+            image_size=options.image_size,
+        ),
+        teachers=tuple(
+            TeacherCard(t.name, t.accuracy, t.sha256, os.path.relpath(t.path, job.folder)) for t in work.teachers
+        ),
+        k=plan.k,
+        ipc=plan.ipc,
+        bytes=ByteCard(
+            images=distilled.image_bytes,
+            budget=plan.budget_bytes,
+            labels=distilled.label_bytes,
+            dataset=whole,
+            ratio=whole / distilled.image_bytes,
+        ),
+        tasks=tuple(
+            TaskCard(plan.teachers[m], j, losses[0], losses[-1])
             for (m, j, _), losses in sorted((task, result.losses) for task, result in results.items())
-        ],
-        "how": {**options.how.resolved(device), "lanes": room.lanes, "chunks": room.chunks},
-        "versions": {
-            "infer_fast": infer_fast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "seconds": clock,
-        "table": None,
-        "results": [],
-    }
+        ),
+        how=ExecutionCard(
+            how.precision, how.engine, how.backend, device.type, tuple(job.room.lanes), tuple(job.room.chunks)
+        ),
+        versions=VersionCard(infer_fast.__version__, torch.__version__, platform.python_version()),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        seconds={},
+    )
+
+
+@dataclass(frozen=True)
+class _Published:
+    """The flags of the published scripts that a recipe is chosen by, as they were written."""
+
+    dataset: str | None = None
+    ipc: str | None = None
+    ipc_end: str | None = None
 
 
 def _recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
@@ -326,13 +299,14 @@ def _recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
     last task, an --ipc-end beyond the recipe's ipc sets it, where --ipc does not.
     """
     name, recipe, flags = cli.take_recipe(args)
-    dataset = cli.value_of(args, "--dataset")
-    if flags is args and dataset is not None:
-        name = f"{canonical_name(dataset).removesuffix('-imagenet')}-infer-ipc10"
+    if flags is not args:
+        return name, recipe, flags
+    given = cli.glance(_Published, flags, PROG)
+    if given.dataset is not None:
+        name = f"{canonical_name(given.dataset).removesuffix('-imagenet')}-infer-ipc10"
         name, recipe = (name, RECIPES[name]) if name in RECIPES else ("digits", recipe)
-    last = cli.value_of(args, "--ipc-end")
-    if flags is args and last is not None and last.isdigit() and cli.value_of(args, "--ipc") is None:
-        recipe = replace(recipe, ipc=max(recipe.ipc, int(last)))
+    if given.ipc_end is not None and given.ipc_end.isdigit() and given.ipc is None:
+        recipe = replace(recipe, ipc=max(recipe.ipc, int(given.ipc_end)))
     return name, recipe, flags
 
 
@@ -345,7 +319,7 @@ def _main(args: list[str]) -> None:
         DistillOptions,
         DistillOptions(recipe),
         flags,
-        "python -m infer_fast.distill [RECIPE]",
+        PROG,
         f"Recipe {name}: from a dataset to a distilled set and the table that judges it.",
     )
     distill(options, name)

@@ -24,6 +24,7 @@ from PIL import Image
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
 from infer_fast.errors import InferFastError
+from infer_fast.extras import require
 from infer_fast.files import write_atomically
 from infer_fast.progress import stage
 
@@ -40,6 +41,8 @@ def export(distilled: DistilledSet, folder: Path, format: Format = "png") -> int
     """
     if format not in ("png", "jpg", "parquet"):
         raise InferFastError(f"{format!r} is not a format: choose png, jpg or parquet.")
+    if format == "parquet":
+        require("pyarrow", "The format parquet")
     each = len(distilled) // len(distilled.classes)
     rows = []
     with stage("export", len(distilled), "images") as running:

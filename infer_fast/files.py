@@ -7,13 +7,21 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from infer_fast.errors import DiskError, InferFastError
+
+Kind = TypeVar("Kind")
+KINDS = {
+    bool: "true or false", dict: "an object", float: "a number", int: "a whole number", list: "a list", str: "a text"
+}  # fmt: skip
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -90,6 +98,52 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InferFastError(f"{path} is damaged: a JSON object was expected, a {type(value).__name__} was found.")
     return value
+
+
+def read_json_as(path: Path, kind: type[Kind]) -> Kind:
+    """Reads a JSON object as a dataclass: every field there, and of its type.
+
+    Raises InferFastError on a missing or damaged file, or a field that is missing or of another type.
+    """
+    return _as(kind, read_json(path), str(path), "")
+
+
+def _as(kind: Any, value: Any, file: str, place: str) -> Any:
+    """`value`, as JSON gives it, as `kind`: a dataclass, tuple, dict or plain type, or one of them or None."""
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        (inner,) = (part for part in parts if part is not type(None))
+        return None if value is None else _as(inner, value, file, place)
+    if is_dataclass(kind):
+        hints, given = get_type_hints(kind), _expect(dict, value, file, place)
+        missing = next((f.name for f in fields(kind) if f.name not in given), None)
+        if missing is not None:
+            raise InferFastError(f"{file}: {_inside(place, missing)} is missing.")
+        return kind(**{f.name: _as(hints[f.name], given[f.name], file, _inside(place, f.name)) for f in fields(kind)})
+    if get_origin(kind) is tuple:
+        values = _expect(list, value, file, place)
+        kinds = parts[:1] * len(values) if parts[-1] is Ellipsis else parts
+        if len(kinds) != len(values):
+            raise InferFastError(f"{file}: {place} has {len(values)} values, expected {len(kinds)}.")
+        return tuple(_as(k, v, file, f"{place}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
+    if get_origin(kind) is dict:
+        return {k: _as(parts[1], v, file, _inside(place, k)) for k, v in _expect(dict, value, file, place).items()}
+    if get_origin(kind) is Literal:
+        if value not in parts:
+            raise InferFastError(f"{file}: {place} is {value!r}, expected one of {', '.join(map(str, parts))}.")
+        return value
+    return _expect(kind, value, file, place)
+
+
+def _expect(kind: type, value: Any, file: str, place: str) -> Any:
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise InferFastError(f"{file}: {place or 'it'} is {value!r:.60}, expected {KINDS[kind]}.")
+    return value
+
+
+def _inside(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
 
 
 def _disk_sentence(path: Path, error: Exception) -> str:

@@ -63,6 +63,20 @@ def stage(name: str, total: float, unit: str) -> Iterator[Stage]:
     running.finish()
 
 
+class Clock:
+    """Seconds that each stage took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what runs inside it."""
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+
+
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -288,11 +288,6 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def student_of(recipe: dict) -> StudentSettings:
-    """The student's settings of a recipe that was stored as JSON."""
-    return StudentSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe["student"].items()})
-
-
 def base_images_per_class(ipc: int, teachers: int, classes: int) -> int:
     """k = int(ipc / (M/C + 1)): base images per class such that k*(C+M) stored images fit in ipc*C (INFER, section 4).
 
@@ -317,5 +312,4 @@ __all__ = [
     "StudentSettings",
     "SynthesisSettings",
     "base_images_per_class",
-    "student_of",
 ]

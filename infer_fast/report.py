@@ -29,7 +29,7 @@ def write_preview(distilled: DistilledSet, path: Path) -> None:
     shown = range(min(classes, PREVIEW_CLASSES))
     side = _side(distilled)
     views = distilled.views_per_base
-    columns = ["base image", *[t["name"] for t in distilled.card.get("teachers", [])][: views - 1]]
+    columns = ["base image", *[t.name for t in distilled.made.teachers][: views - 1]]
     header = 18
     width = 90 + len(columns) * (side + GAP)
     picture = Image.new("RGB", (width, 2 * header + (side + GAP) * (len(shown) + 1)), "white")
@@ -52,9 +52,9 @@ def write_preview(distilled: DistilledSet, path: Path) -> None:
 
 def write_dataset_card(distilled: DistilledSet, path: Path) -> None:
     """The folder's README.md: a Hugging Face dataset card made from card.json."""
-    card, data = distilled.card, distilled.card["dataset"]
-    size = card["bytes"]
-    teachers = "\n".join(f"- {t['name']}: test accuracy {t['accuracy']:.2f} %" for t in card["teachers"])
+    card = distilled.made
+    size = card.bytes
+    teachers = "\n".join(f"- {t.name}: test accuracy {t.accuracy:.2f} %" for t in card.teachers)
     write_text(
         path,
         f"""---
@@ -62,11 +62,11 @@ task_categories: [image-classification]
 tags: [dataset-distillation, infer_fast]
 ---
 
-# {data["name"]}, distilled
+# {card.dataset.name}, distilled
 
-{len(distilled):,} training instances from {size["images"]:,} bytes of images ({size["ratio"]:.1f} times smaller than
-the {size["dataset"]:,} bytes of the training split) and {size["labels"]:,} bytes of soft labels. Made with infer_fast
-{card["versions"]["infer_fast"]}, recipe `{card["recipe_name"]}`, {distilled.base.shape[1]} base images per class.
+{len(distilled):,} training instances from {size.images:,} bytes of images ({size.ratio:.1f} times smaller than
+the {size.dataset:,} bytes of the training split) and {size.labels:,} bytes of soft labels. Made with infer_fast
+{card.versions.infer_fast}, recipe `{card.recipe_name}`, {distilled.base.shape[1]} base images per class.
 
 Teachers:
 
@@ -79,20 +79,21 @@ distilled = infer_fast.load("this folder")
 instance, logits, label = distilled[0]
 ```
 
-{card.get("table") or "Not validated yet."}
+{card.table or "Not validated yet."}
 """,
     )
 
 
 def write_page(distilled: DistilledSet, folder: Path) -> None:
     """report.html in `folder`: the preview, the table and the losses, in one file without outside parts."""
+    card = distilled.made
     preview = base64.b64encode((folder / "preview.png").read_bytes()).decode()
     losses = "".join(
-        f"<tr><td>{html.escape(t['teacher'])}</td><td>{t['index']}</td><td>{t['first_loss']:.3f}</td>"
-        f"<td>{t['last_loss']:.3f}</td></tr>"
-        for t in distilled.card.get("tasks", [])
+        f"<tr><td>{html.escape(t.teacher)}</td><td>{t.index}</td><td>{t.first_loss:.3f}</td>"
+        f"<td>{t.last_loss:.3f}</td></tr>"
+        for t in card.tasks
     )
-    title = f"{html.escape(distilled.card['dataset']['name'])}, distilled"
+    title = f"{html.escape(card.dataset.name)}, distilled"
     write_text(
         folder / "report.html",
         f"""<!doctype html>
@@ -100,11 +101,11 @@ def write_page(distilled: DistilledSet, folder: Path) -> None:
 <style>body{{font:15px sans-serif;max-width:70em;margin:2em auto}}td,th{{padding:.2em .8em;border-bottom:1px solid #ccc;
 text-align:left}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
 <h1>{title}</h1>
-<p>{distilled.card["bytes"]["images"]:,} bytes of images, {distilled.card["bytes"]["labels"]:,} bytes of soft labels,
+<p>{card.bytes.images:,} bytes of images, {card.bytes.labels:,} bytes of soft labels,
 {len(distilled):,} instances.</p>
 <img alt="base images, compensators and instances" src="data:image/png;base64,{preview}">
 <h2>Students</h2>
-{_html_table(distilled.card.get("table") or "")}
+{_html_table(distilled.card.table or "")}
 <h2>Tasks</h2>
 <table><tr><th>teacher</th><th>index</th><th>first loss</th><th>last loss</th></tr>{losses}</table>
 </html>

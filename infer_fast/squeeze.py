@@ -20,99 +20,60 @@ from torch import nn
 from tyro.conf import arg
 
 from infer_fast import cli
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.images import ImageDataset
 from infer_fast.data.loader import feed
 from infer_fast.data.sets import training_set
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
-from infer_fast.files import read_tensors, write_tensors
+from infer_fast.files import write_tensors
 from infer_fast.models import build
 from infer_fast.models.checkpoint import file_hash, load_checkpoint, load_pretrained
-from infer_fast.models.train import Schedule, accuracy, fit, hard_loss, predict
+from infer_fast.models.execution import Execution
+from infer_fast.models.teacher import Teacher, load_teacher
+from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict
 from infer_fast.progress import Stage, stage
 from infer_fast.recipes import RECIPES, Recipe, SqueezeSettings
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """A frozen network, its test accuracy in percent, and the file that holds it (with the file's SHA-256)."""
+class Origin:
+    """Where teachers come from: checkpoints, one for each, to import; else torchvision's weights of that name; else
+    training as `settings` say, seeded by `seed`."""
 
-    name: str
-    network: nn.Module
-    accuracy: float
-    path: Path
-    sha256: str
-
-    @property
-    def weight_bytes(self) -> int:
-        """What the network's weights and statistics weigh."""
-        return sum(t.nbytes for t in self.network.state_dict().values())
+    settings: SqueezeSettings
+    seed: int = 0
+    checkpoints: tuple[Path, ...] = ()
+    weights: str | None = None
 
 
-def squeeze(
-    dataset: ImageDataset,
-    names: tuple[str, ...],
-    settings: SqueezeSettings,
-    *,
-    seed: int = 0,
-    folder: Path,
-    checkpoints: tuple[Path, ...] = (),
-    weights: str | None = None,
-) -> list[Teacher]:
+def squeeze(dataset: ImageDataset, names: tuple[str, ...], origin: Origin, folder: Path) -> list[Teacher]:
     """One teacher per name, in order: from `folder` if it was made before, else imported or trained and saved there.
 
-    checkpoints: one file per name to import instead of training; weights: the name of torchvision's weights to take
-    instead, where no checkpoints are given. The dataset's device is the teachers'.
+    The dataset's device is the teachers'.
     Raises InferFastError for an unknown name, weights that don't fit, or training without training images.
     """
-    if checkpoints and len(checkpoints) != len(names):
-        raise InferFastError(f"{len(checkpoints)} checkpoints were given for {len(names)} teachers: give one for each.")
-    return [
-        _teacher(dataset, name, settings, seed, folder, checkpoints[position] if checkpoints else None, weights)
-        for position, name in enumerate(names)
-    ]
+    given = origin.checkpoints
+    if given and len(given) != len(names):
+        raise InferFastError(f"{len(given)} checkpoints were given for {len(names)} teachers: give one for each.")
+    return [_teacher(dataset, name, origin, folder, given[i] if given else None) for i, name in enumerate(names)]
 
 
-def load_teacher(name: str, path: Path, classes: int, size: tuple[int, int], sha256: str | None = None) -> Teacher:
-    """Reads a teacher that squeeze saved. Raises InferFastError if the file is missing, damaged or another one."""
-    state, card = read_tensors(path)
-    digest = file_hash(path)
-    if sha256 is not None and digest != sha256:
-        raise InferFastError(f"{path} is not the teacher that was used (its SHA-256 differs): make the teachers again.")
-    network = build(name, classes, size, seed=0)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise InferFastError(
-            f"{path} does not hold a {name} for {classes} classes: make the teachers again."
-        ) from error
-    return Teacher(name, network.eval().requires_grad_(False), card["accuracy"], path, digest)
-
-
-def _teacher(
-    dataset: ImageDataset,
-    name: str,
-    settings: SqueezeSettings,
-    seed: int,
-    folder: Path,
-    checkpoint: Path | None,
-    weights: str | None,
-) -> Teacher:
+def _teacher(dataset: ImageDataset, name: str, origin: Origin, folder: Path, checkpoint: Path | None) -> Teacher:
     if checkpoint is not None:
-        source = {"checkpoint": _checkpoint_hash(checkpoint)}
-    elif weights is not None:
-        source = {"weights": weights}
+        source: dict[str, object] = {"checkpoint": _checkpoint_hash(checkpoint)}
+    elif origin.weights is not None:
+        source = {"weights": origin.weights}
     else:
-        source = asdict(settings) | {"seed": seed}
+        source = asdict(origin.settings) | {"seed": origin.seed}
     key = json.dumps([dataset.fingerprint, name, source], sort_keys=True)
     path = folder / f"{dataset.name}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if not path.is_file():
-        network = build(name, len(dataset.classes), dataset.size, seed=seed)
-        if checkpoint is None and weights is None:
-            reached = _train(dataset, name, network, settings, seed)
+        network = build(name, len(dataset.classes), dataset.size, seed=origin.seed)
+        if checkpoint is None and origin.weights is None:
+            reached = _train(dataset, name, network, origin)
         else:
-            reached = _import(dataset, name, network, checkpoint, weights)
+            reached = _import(dataset, name, network, checkpoint, origin.weights)
         card = {"name": name, "dataset": dataset.name, "accuracy": reached, "source": source}
         write_tensors(path, network.state_dict(), card)
     teacher = load_teacher(name, path, len(dataset.classes), dataset.size)
@@ -120,34 +81,25 @@ def _teacher(
     return teacher
 
 
-def _train(dataset: ImageDataset, name: str, network: nn.Module, settings: SqueezeSettings, seed: int) -> float:
+def _train(dataset: ImageDataset, name: str, network: nn.Module, origin: Origin) -> float:
     if len(dataset.train) == 0:
         raise InferFastError(f"{dataset.name} has no training images here: give them with --data-path.")
     network.to(dataset.device)
-    per_epoch = -(-len(dataset.train) // settings.batch_size)
+    settings, per_epoch = origin.settings, -(-len(dataset.train) // origin.settings.batch_size)
     schedule = Schedule(
         "sgd", settings.lr, settings.weight_decay, settings.momentum, settings.epochs * per_epoch, per_epoch
     )
     source = training_set(dataset.train, len(dataset.classes), dataset.pixels)
+    sampling = Sampling(
+        settings.batch_size,
+        schedule.updates,
+        Augmentation(settings.padding, settings.flip),
+        torch.Generator().manual_seed(origin.seed),
+    )
     with stage(f"squeeze {name}", settings.epochs * len(dataset.train), "images") as running:
-        stream, make = feed(
-            settings.loader,
-            source,
-            batch_size=settings.batch_size,
-            updates=schedule.updates,
-            augmentation=Augmentation(settings.padding, settings.flip),
-            generator=torch.Generator().manual_seed(seed),
-            workers=settings.workers,
-        )
-        fit(
-            network,
-            _counted(stream, running),
-            hard_loss,
-            schedule,
-            make=make,
-            precision=settings.precision,
-            engine=settings.engine,
-        )
+        stream, make = feed(settings.loader, source, sampling, workers=settings.workers)
+        training = Training(_counted(stream, running), hard_loss, make)
+        fit(network, training, schedule, Execution(settings.precision, settings.engine))
         reached = measured_accuracy(network, dataset)
         running.note(f"test accuracy {reached:.2f} %")
     return reached
@@ -165,7 +117,7 @@ def _import(
     with stage(f"import {name}", 1, "checkpoint") as running:
         if checkpoint is not None:
             load_checkpoint(network, checkpoint)
-        else:
+        elif weights is not None:
             load_pretrained(network, name, weights)
         network.to(dataset.device)
         reached = measured_accuracy(network, dataset)
@@ -220,11 +172,8 @@ def _main(args: list[str]) -> None:
     teachers = squeeze(
         dataset,
         options.arch_name,
-        options.squeeze,
-        seed=options.seed,
-        folder=root / "teachers",
-        checkpoints=options.arch_path,
-        weights=options.arch_weights,
+        Origin(options.squeeze, options.seed, options.arch_path, options.arch_weights),
+        root / "teachers",
     )
     for teacher in teachers:
         print(f"{teacher.name}: test accuracy {teacher.accuracy:.2f} %, {teacher.path}")

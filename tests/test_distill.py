@@ -159,7 +159,7 @@ def test_base_images_can_be_class_folders_and_teachers_the_first_of_those_named(
     done = call_module("distill", *small_flags, "--compare=none", "--init-path=init", "--M=1")
     assert done.returncode == 0, done.stderr
     distilled = infer_fast.load(tmp_path / "runs" / "digits")
-    assert [t["name"] for t in distilled.card["teachers"]] == ["convnet"]
+    assert [t.name for t in distilled.card.teachers] == ["convnet"]
     assert (distilled.base[:, :, 0, 0, 0] == 20 * torch.arange(10).view(-1, 1) + torch.arange(3)).all()
     shutil.rmtree(tmp_path / "init" / "7")
     missing = call_module("distill", *small_flags, "--compare=none", "--init-path=init", "--M=1")

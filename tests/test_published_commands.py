@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from safetensors import safe_open
 
 from infer_fast import cli
 from infer_fast.distill import DistillOptions, _recipe
-from infer_fast.judged import ValidateOptions
+from infer_fast.validate import ValidateOptions, _Where
 
 SYNTHESIS = {
     "cifar": (
@@ -114,7 +113,7 @@ def parsed(module, words):
     if module == "distill":
         name, recipe, flags = _recipe(words)
         return {"recipe_name": name, **asdict(cli.parse(DistillOptions, DistillOptions(recipe), flags, "t", ""))}
-    folder = Path(cli.value_of(words, "--syn-data-path", "--train-dir"))
+    folder = cli.glance(_Where, words, "t").syn_data_path
     return asdict(cli.parse(ValidateOptions, ValidateOptions(folder), words, "t", ""))
 
 

@@ -5,8 +5,9 @@ import torch
 import infer_fast
 from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.models import build
-from infer_fast.relabel import label_images, relabel
-from infer_fast.squeeze import Teacher
+from infer_fast.models.teacher import Teacher
+from infer_fast.relabel import relabel
+from infer_fast.students.labels import averaged_logits
 
 
 def teachers():
@@ -27,7 +28,7 @@ def test_labels_are_the_averaged_logits_of_stored_instances(tiny_dataset, genera
 
 
 def test_real_images_get_the_same_kind_of_label(tiny_dataset):
-    logits = label_images(tiny_dataset.test.images, tiny_dataset.pixels, teachers())
+    logits = averaged_logits(teachers(), lambda p: tiny_dataset.pixels.normalise(tiny_dataset.test.at(p)), 24)
     assert logits.shape == (24, 4) and torch.equal(logits, logits.half().float())
 
 

@@ -9,52 +9,53 @@ from infer_fast.data.images import Split
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.models.checkpoint import file_hash
+from infer_fast.models.teacher import load_teacher
 from infer_fast.recipes import SqueezeSettings
-from infer_fast.squeeze import load_teacher, squeeze
+from infer_fast.squeeze import Origin, squeeze
 
 SETTINGS = SqueezeSettings(epochs=6, batch_size=12, lr=0.05, padding=0, flip=False)
 
 
 def test_teachers_learn_and_are_kept(tiny_dataset, tmp_path):
-    first, second = squeeze(tiny_dataset, ("convnet", "convnet-silu"), SETTINGS, folder=tmp_path)
+    first, second = squeeze(tiny_dataset, ("convnet", "convnet-silu"), Origin(SETTINGS), tmp_path)
     assert first.accuracy > 80 and not first.network.training
     assert not any(p.requires_grad for p in first.network.parameters())
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    again = squeeze(tiny_dataset, ("convnet-silu",), SETTINGS, folder=tmp_path)[0]
+    again = squeeze(tiny_dataset, ("convnet-silu",), Origin(SETTINGS), tmp_path)[0]
     assert (again.path, again.accuracy, again.sha256) == (second.path, second.accuracy, second.sha256)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
 
 
 def test_other_settings_seed_or_data_are_another_teacher(tiny_dataset, tmp_path):
     short = replace(SETTINGS, epochs=1)
-    squeeze(tiny_dataset, ("convnet",), short, folder=tmp_path)
-    squeeze(tiny_dataset, ("convnet",), short, seed=1, folder=tmp_path)
-    squeeze(tiny_dataset, ("convnet",), replace(short, lr=0.01), folder=tmp_path)
+    squeeze(tiny_dataset, ("convnet",), Origin(short), tmp_path)
+    squeeze(tiny_dataset, ("convnet",), Origin(short, seed=1), tmp_path)
+    squeeze(tiny_dataset, ("convnet",), Origin(replace(short, lr=0.01)), tmp_path)
     tiny_dataset.train.images[0, 0, 0, 0] ^= 1
-    squeeze(replace(tiny_dataset), ("convnet",), short, folder=tmp_path)
+    squeeze(replace(tiny_dataset), ("convnet",), Origin(short), tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_same_seed_gives_the_same_bytes(tiny_dataset, tmp_path):
-    one, two = (squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path / n)[0] for n in ("a", "b"))
+    one, two = (squeeze(tiny_dataset, ("convnet",), Origin(SETTINGS), tmp_path / n)[0] for n in ("a", "b"))
     assert one.sha256 == two.sha256
 
 
 def test_imports_are_measured_and_kept_under_the_files_hash(tiny_dataset, tmp_path):
-    trained = squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path / "a")[0]
+    trained = squeeze(tiny_dataset, ("convnet",), Origin(SETTINGS), tmp_path / "a")[0]
     torch.save(trained.network.state_dict(), tmp_path / "t.pth")
-    imported = squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path / "b", checkpoints=(tmp_path / "t.pth",))[
+    imported = squeeze(tiny_dataset, ("convnet",), Origin(SETTINGS, checkpoints=(tmp_path / "t.pth",)), tmp_path / "b")[
         0
     ]
     assert imported.accuracy == trained.accuracy
     with pytest.raises(InferFastError, match="does not exist"):
-        squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path / "b", checkpoints=(tmp_path / "no.pth",))
+        squeeze(tiny_dataset, ("convnet",), Origin(SETTINGS, checkpoints=(tmp_path / "no.pth",)), tmp_path / "b")
     with pytest.raises(InferFastError, match="give one for each"):
-        squeeze(tiny_dataset, ("convnet",), SETTINGS, folder=tmp_path, checkpoints=(tmp_path / "t.pth",) * 2)
+        squeeze(tiny_dataset, ("convnet",), Origin(SETTINGS, checkpoints=(tmp_path / "t.pth",) * 2), tmp_path)
 
 
 def test_a_changed_teacher_file_is_noticed(tiny_dataset, tmp_path):
-    teacher = squeeze(tiny_dataset, ("convnet",), replace(SETTINGS, epochs=1), folder=tmp_path)[0]
+    teacher = squeeze(tiny_dataset, ("convnet",), Origin(replace(SETTINGS, epochs=1)), tmp_path)[0]
     assert teacher.sha256 == file_hash(teacher.path)
     with pytest.raises(InferFastError, match="not the teacher that was used"):
         load_teacher("convnet", teacher.path, 4, (8, 8), "0" * 64)
@@ -73,15 +74,16 @@ def test_published_weights_are_imported_like_a_checkpoint(tiny_dataset, tmp_path
     source = build("resnet18", 4, (8, 8), seed=3)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(source.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
-    options = {"folder": tmp_path / "teachers", "weights": "IMAGENET1K_V1"}
-    (teacher,) = squeeze(tiny_dataset, ("resnet18",), SqueezeSettings(), **options)
+    folder, origin = tmp_path / "teachers", Origin(SqueezeSettings(), weights="IMAGENET1K_V1")
+    (teacher,) = squeeze(tiny_dataset, ("resnet18",), origin, folder)
     assert torch.equal(teacher.network.fc.weight, source.fc.weight)
     torch.save(build("resnet18", 4, (8, 8), seed=4).state_dict(), tmp_path / "other.pth")
-    (other,) = squeeze(tiny_dataset, ("resnet18",), SqueezeSettings(), checkpoints=(tmp_path / "other.pth",), **options)
+    origin = replace(origin, checkpoints=(tmp_path / "other.pth",))
+    (other,) = squeeze(tiny_dataset, ("resnet18",), origin, folder)
     assert other.path != teacher.path and not torch.equal(other.network.fc.weight, source.fc.weight)
 
 
 def test_teachers_are_not_trained_without_training_images(tiny_dataset, tmp_path):
     nothing = Split(tiny_dataset.train.images[:0], tiny_dataset.train.labels[:0])
     with pytest.raises(InferFastError, match="tiny has no training images here"):
-        squeeze(replace(tiny_dataset, train=nothing), ("convnet",), SqueezeSettings(), folder=tmp_path)
+        squeeze(replace(tiny_dataset, train=nothing), ("convnet",), Origin(SqueezeSettings()), tmp_path)

@@ -19,10 +19,13 @@ from infer_fast.errors import InferFastError
 from infer_fast.export import export
 from infer_fast.files import read_tensors
 from infer_fast.models import build
+from infer_fast.models.teacher import Teacher
 from infer_fast.recipes import StudentSettings
-from infer_fast.relabel import dynamic_labels, record_labels
-from infer_fast.squeeze import Teacher
-from infer_fast.validate import table, validate
+from infer_fast.students import training as students
+from infer_fast.students.candidates import Evaluation, candidates
+from infer_fast.students.labels import dynamic_labels, record_labels
+from infer_fast.students.results import table
+from infer_fast.validate import validate
 
 STUDENT = StudentSettings(networks=("convnet",), epochs=10, batch_size=8, padding=0, flip=False, temperature=2.0)
 
@@ -38,30 +41,33 @@ def parts(tiny_dataset, generator):
     return distilled, tiny_dataset, [teacher]
 
 
+def rows_of(parts, settings, **options):
+    """The table of a set, its dataset and its teachers: one student on the distilled set, unless told otherwise."""
+    return validate(Evaluation(*parts, settings, **{"ipc": 3, "compare": "none", "seeds": 1, **options}))
+
+
 def test_students_learn_from_a_good_set_and_not_from_wrong_labels(parts):
     distilled, dataset, teachers = parts
     settings = replace(STUDENT, epochs=40)
-    (good,) = validate(distilled, dataset, teachers, settings, ipc=3, compare="none", seeds=2)
+    (good,) = rows_of(parts, settings, seeds=2)
     wrong = replace(distilled, logits=distilled.logits.roll(1, dims=3))
-    (bad,) = validate(wrong, dataset, teachers, settings, ipc=3, compare="none", seeds=2)
+    (bad,) = rows_of((wrong, dataset, teachers), settings, seeds=2)
     assert good.mean > 80 and bad.mean < 20
     assert len(good.last) == len(good.best) == 2 and all(b >= a for a, b in zip(good.last, good.best, strict=True))
 
 
 def test_every_row_gets_the_same_updates(parts, monkeypatch):
-    from infer_fast import validate as module
-
     seen = []
-    original = module.fit
+    original = students.fit
 
-    def recording(network, stream, loss, schedule, **kwargs):
-        counted = list(stream)
+    def recording(network, training, schedule, *rest):
+        counted = list(training.batches)
         seen.append((len(counted), schedule))
-        return original(network, iter(counted), loss, schedule, **kwargs)
+        return original(network, replace(training, batches=iter(counted)), schedule, *rest)
 
-    monkeypatch.setattr(module, "fit", recording)
-    distilled, dataset, teachers = parts
-    rows = validate(distilled, dataset, teachers, STUDENT, ipc=3, compare="all", seeds=1)
+    monkeypatch.setattr(students, "fit", recording)
+    distilled = parts[0]
+    rows = rows_of(parts, STUDENT, compare="all")
     assert [(r.trained_on, r.labels) for r in rows] == [
         ("distilled", "soft labels"), ("distilled", "hard labels"), ("random real", "soft labels"),
         ("random real", "hard labels"), ("whole dataset", "hard labels"),
@@ -73,30 +79,26 @@ def test_every_row_gets_the_same_updates(parts, monkeypatch):
 
 
 def test_seeds_and_networks_are_fixed_and_finished_students_are_not_trained_again(parts, tmp_path, monkeypatch):
-    distilled, dataset, teachers = parts
     settings = replace(STUDENT, networks=("convnet", "convnet-silu"), epochs=3)
-    arguments = {"ipc": 3, "compare": "random", "seeds": 2}
-    first = validate(distilled, dataset, teachers, settings, store=tmp_path / "s.json", **arguments)
-    assert first == validate(distilled, dataset, teachers, settings, **arguments)
+    arguments = {"compare": "random", "seeds": 2}
+    first = rows_of(parts, settings, store=tmp_path / "s.json", **arguments)
+    assert first == rows_of(parts, settings, **arguments)
     assert [r.network for r in first] == ["convnet", "convnet", "convnet-silu", "convnet-silu"]
     assert len(json.loads((tmp_path / "s.json").read_text())) == 8
-    monkeypatch.setattr("infer_fast.validate.fit", None)
-    assert first == validate(distilled, dataset, teachers, settings, store=tmp_path / "s.json", **arguments)
+    monkeypatch.setattr(students, "fit", None)
+    assert first == rows_of(parts, settings, store=tmp_path / "s.json", **arguments)
 
 
 def test_dynamic_labels_make_rows_of_their_own_with_fewer_epochs(parts):
-    distilled, dataset, teachers = parts
-    settings = replace(STUDENT, labels=("static", "dynamic"))
-    rows = validate(distilled, dataset, teachers, settings, ipc=3, compare="random", seeds=1)
+    teachers = parts[2]
+    rows = rows_of(parts, replace(STUDENT, labels=("static", "dynamic")), compare="random")
     assert [(r.trained_on, r.labels, r.updates) for r in rows] == [
         ("distilled", "soft labels", 20), ("distilled", "dynamic labels", 10),
         ("random real", "soft labels", 20), ("random real", "dynamic labels", 10),
     ]  # fmt: skip
     weights = sum(t.nbytes for t in teachers[0].network.state_dict().values())
     assert rows[1].label_bytes == rows[3].label_bytes == weights
-    (alone,) = validate(
-        distilled, dataset, teachers, replace(STUDENT, labels=("dynamic",)), ipc=3, compare="none", seeds=1
-    )
+    (alone,) = rows_of(parts, replace(STUDENT, labels=("dynamic",)))
     assert alone == rows[1]
 
 
@@ -109,18 +111,15 @@ CHANGED = {
 
 def test_every_setting_of_a_student_takes_effect(parts, monkeypatch):
     """A student ends with other weights for each setting that is changed, the schedulers' own settings included."""
-    from infer_fast import validate as module
-
-    distilled, dataset, teachers = parts
     ended = []
-    original = module.fit
+    original = students.fit
 
     def recording(network, *args, **kwargs):
         original(network, *args, **kwargs)
         ended.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
         return network
 
-    monkeypatch.setattr(module, "fit", recording)
+    monkeypatch.setattr(students, "fit", recording)
     plain = replace(STUDENT, epochs=6, mix_type="mixup", lr_step_size=2)
     stepped = replace(plain, lr_scheduler="steplr")
     warmed = replace(plain, lr_warmup_epochs=3)
@@ -128,17 +127,17 @@ def test_every_setting_of_a_student_takes_effect(parts, monkeypatch):
     variants += [replace(stepped, lr_step_size=4), replace(stepped, lr_gamma=0.7), replace(warmed, lr_warmup_decay=0.5)]
     variants += [replace(warmed, lr_warmup_method="constant"), replace(plain, optimizer="sgd", momentum=0.3)]
     for settings in variants:
-        validate(distilled, dataset, teachers, settings, ipc=3, compare="none", seeds=1)
+        rows_of(parts, settings)
     for i, one in enumerate(ended):
         assert not any(torch.equal(one, other) for other in ended[:i]), variants[i]
 
 
 def test_labels_of_every_crop_are_stored_and_replayed(parts, tmp_path, monkeypatch):
     """All epochs, the teachers' own labels, nothing labelled twice; stored epochs are found again and added to."""
-    distilled, dataset, teachers = parts
+    distilled, _, teachers = parts
     settings = replace(STUDENT, epochs=4, labels=("static", "fkd", "dynamic"), mix_type="cutmix", crop="resized")
-    options = {"ipc": 3, "compare": "random", "seeds": 1, "labels_folder": tmp_path}
-    rows = validate(distilled, dataset, teachers, settings, **options)
+    options = {"compare": "random", "labels_folder": tmp_path}
+    rows = rows_of(parts, settings, **options)
     assert [(r.trained_on, r.labels, r.updates) for r in rows] == [
         (kind, labels, updates)
         for kind in ("distilled", "random real")
@@ -159,12 +158,12 @@ def test_labels_of_every_crop_are_stored_and_replayed(parts, tmp_path, monkeypat
     record_labels(distilled, teachers, again, tmp_path)
     assert {path.name: path.read_bytes() for path in kept.iterdir()}.items() >= stored.items()
     assert len(list(kept.iterdir())) == 5
-    monkeypatch.setattr("infer_fast.relabel.dynamic_labels", None)  # nothing is left to label
+    monkeypatch.setattr("infer_fast.students.labels.dynamic_labels", None)  # nothing is left to label
     assert record_labels(distilled, teachers, again, tmp_path) == kept
     for wrong, words in ((replace(again, loader="dali"), "dali draws its own"), (again, "needs a labels_folder")):
         with pytest.raises(InferFastError, match=words):
             folder = tmp_path if wrong.loader == "dali" else None
-            validate(distilled, dataset, teachers, wrong, **{**options, "labels_folder": folder})
+            rows_of(parts, wrong, **{**options, "labels_folder": folder})
 
 
 def test_a_part_of_a_set_is_its_first_base_images_and_teachers(parts):
@@ -190,25 +189,21 @@ def test_dynamic_labels_are_the_teachers_averaged_logits(generator):
 def test_students_learn_through_every_loader(parts, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
-    distilled, dataset, teachers = parts
-    settings = replace(STUDENT, epochs=30, loader=loader)
-    (row,) = validate(distilled, dataset, teachers, settings, ipc=3, compare="none", seeds=1)
+    (row,) = rows_of(parts, replace(STUDENT, epochs=30, loader=loader))
     assert row.mean > 80
 
 
 def test_random_images_differ_between_seeds_and_are_ipc_per_class(parts):
-    from infer_fast.validate import _random_real
-
-    _, dataset, _ = parts
-    one, two = (_random_real(dataset, 3, seed, None) for seed in (1, 2))
+    evaluation = Evaluation(*parts, STUDENT, ipc=3, compare="all")
+    real = next(c for c in candidates(evaluation) if (c.trained_on, c.labels) == ("random real", "hard labels"))
+    one, two = (real.source(seed) for seed in (1, 2))
     assert torch.bincount(one.targets).tolist() == [3] * 4 and not torch.equal(one.base, two.base)
     with pytest.raises(InferFastError, match="12 training images, fewer than the 13"):
-        _random_real(dataset, 13, 0, None)
+        rows_of(parts, STUDENT, ipc=13, compare="random")
 
 
 def test_the_table_has_mean_and_sample_deviation(parts):
-    distilled, dataset, teachers = parts
-    rows = validate(distilled, dataset, teachers, replace(STUDENT, epochs=1), ipc=3, compare="none", seeds=3)
+    rows = rows_of(parts, replace(STUDENT, epochs=1), seeds=3)
     last = torch.tensor(rows[0].last, dtype=torch.float64)
     assert f"{last.mean():.2f} ± {last.std():.2f}" in table(rows, 1000) and "n=3" in table(rows, 1000)
 

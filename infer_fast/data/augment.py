@@ -42,6 +42,19 @@ def augmentation_of(settings: StudentSettings) -> Augmentation:
     )
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How batches are drawn from a set: `updates` batches of batch_size instances, augmented alike.
+
+    Each epoch is one shuffle, whose last batch may be short. Everything random comes of the generator.
+    """
+
+    batch_size: int
+    updates: int
+    augmentation: Augmentation
+    generator: torch.Generator
+
+
 class Draw(NamedTuple):
     """The random numbers of one batch of B instances; None for what is not wanted.
 
@@ -51,12 +64,12 @@ class Draw(NamedTuple):
     """
 
     positions: torch.Tensor
-    shift: torch.Tensor | None
-    crop: torch.Tensor | None
-    flip: torch.Tensor | None
-    weight: torch.Tensor | None
-    partner: torch.Tensor | None
-    box: torch.Tensor | None
+    shift: torch.Tensor | None = None
+    crop: torch.Tensor | None = None
+    flip: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    partner: torch.Tensor | None = None
+    box: torch.Tensor | None = None
 
 
 def draw(positions: torch.Tensor, size: tuple[int, int], how: Augmentation, generator: torch.Generator) -> Draw:

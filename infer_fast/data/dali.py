@@ -8,7 +8,7 @@ nothing. DALI draws crops and flips, from a seed of the given generator.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,55 +17,48 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.pixels import AS_STORED, Pixels
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import FileSet, ResidentSet
 from infer_fast.errors import InferFastError
+from infer_fast.extras import require
 from infer_fast.recipes import CROP_AREA, CROP_RATIO
 
 
-def resident_batches(
-    resident: ResidentSet,
-    *,
-    batch_size: int,
-    updates: int,
-    augmentation: Augmentation,
-    generator: torch.Generator,
-    workers: int = 4,
-) -> Iterator[tuple]:
-    """`updates` batches of a resident set, cropped, flipped and normalised by DALI: what loader.finish takes.
+def resident_batches(resident: ResidentSet, sampling: Sampling, *, workers: int = 4) -> Iterator[tuple]:
+    """The batches of a resident set, cropped, flipped and normalised by DALI: what loader.finish takes.
 
     (images float32 (B, 3, H, W), targets (B, C), weight, partner, box), see Draw. Raises InferFastError without DALI.
     """
+    augmentation, generator = sampling.augmentation, sampling.generator
     plain = Augmentation(mix=augmentation.mix, mix_alpha=augmentation.mix_alpha)
     clean = Composer(replace(resident, pixels=AS_STORED))  # [0,1] pixels as they are stored
     waiting: deque[tuple] = deque()
 
     def instances() -> Iterator[torch.Tensor | np.ndarray]:
-        for draw in batches(resident, batch_size=batch_size, updates=updates, augmentation=plain, generator=generator):
+        for draw in batches(resident, replace(sampling, augmentation=plain)):
             pixels, targets = clean(draw.positions)
             waiting.append((targets, draw.weight, draw.partner, draw.box))
             yield pixels if pixels.is_cuda else pixels.numpy()
 
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
-    size = tuple(resident.base.shape[-2:])
 
     def augment(fn: ModuleType, types: ModuleType, device: str):
         images = fn.external_source(source=instances(), batch=True, layout="CHW", dtype=types.FLOAT, device=device)
         if augmentation.resized:
             images = fn.random_resized_crop(
-                images, size=size, random_area=CROP_AREA, random_aspect_ratio=CROP_RATIO, antialias=False
+                images, size=resident.size, random_area=CROP_AREA, random_aspect_ratio=CROP_RATIO, antialias=False
             )
         elif augmentation.padding:
             shifts = list(range(-augmentation.padding, augmentation.padding + 1))
             start = fn.random.uniform(values=shifts, shape=[2], dtype=types.INT32)
             images = fn.slice(
-                images, start=start, shape=size, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
+                images, start=start, shape=resident.size, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
             )
         return _normalised(fn, types, images, resident.pixels, augmentation.flip)
 
-    for (images,) in _run(augment, batch_size, resident.base.device, seed, workers):
+    for (images,) in _run(augment, sampling.batch_size, resident.base.device, seed, workers):
         yield images, *waiting.popleft()
 
 
@@ -73,52 +66,74 @@ def file_batches(
     source: FileSet,
     *,
     batch_size: int,
-    training: bool = True,
     flip: bool = True,
-    generator: torch.Generator | None = None,
-    shard: int = 0,
-    shards: int = 1,
+    generator: torch.Generator,
+    shard: tuple[int, int] = (0, 1),
     workers: int = 4,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of a shard: images float32 (B, 3, H, W), normalised, and classes int64 (B,), on the set's device.
+    """One epoch for training of a shard: images float32 (B, 3, H, W), normalised, and classes int64 (B,), on the set's
+    device.
 
-    training: RandomResizedCrop (area 0.08..1) and flip, shuffled by `generator` (the same on every rank); else the
-    shorter side resized to the split's margin times its size, centre crop, in order. Shard s of n takes every n-th
-    image from s on. Grey and CMYK files become RGB. Raises InferFastError naming a file that can't be decoded, or
-    without DALI.
+    RandomResizedCrop (area 0.08..1) and flip, shuffled by `generator` (the same on every rank). Shard (s, n) takes
+    every n-th image from s on. Grey and CMYK files become RGB. Raises InferFastError naming a file that can't be
+    decoded, or without DALI.
     """
-    split, device = source.split, source.split.device
-    size, labels = split.size[0], split.labels.cpu()
-    if not 0 <= shard < shards:
-        raise InferFastError(f"shard {shard} of {shards}: it must be one of 0..{shards - 1}.")
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    order = torch.randperm(len(split), generator=generator) if training else torch.arange(len(split))
-    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
-    own = order[shard::shards]
+    size = source.split.size[0]
+    order = torch.randperm(len(source), generator=generator)
+    seed = int(torch.randint(0, 2**31, (1,), generator=generator)) + shard[0]
+
+    def view(fn: ModuleType, types: ModuleType, files, decoder: str):
+        images = fn.decoders.image_random_crop(
+            files, device=decoder, output_type=types.RGB, random_area=CROP_AREA, random_aspect_ratio=CROP_RATIO
+        )
+        return fn.resize(images, size=[size, size], antialias=True)
+
+    return _decoded(source, _share(order, shard).split(batch_size), view, seed, flip=flip, workers=workers)
+
+
+def centred_batches(
+    source: FileSet, *, batch_size: int, shard: tuple[int, int] = (0, 1), workers: int = 4
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A shard's images in order, as file_batches gives them, but each the square in the centre of its file.
+
+    The shorter side is resized to the split's margin times its size first.
+    """
+    size, margin = source.split.size[0], source.split.margin
+
+    def view(fn: ModuleType, types: ModuleType, files, decoder: str):
+        images = fn.decoders.image(files, device=decoder, output_type=types.RGB)
+        return fn.crop(fn.resize(images, resize_shorter=round(size * margin), antialias=True), crop=[size, size])
+
+    return _decoded(source, _share(torch.arange(len(source)), shard).split(batch_size), view, 0, workers=workers)
+
+
+def _share(order: torch.Tensor, shard: tuple[int, int]) -> torch.Tensor:
+    own, count = shard
+    if not 0 <= own < count:
+        raise InferFastError(f"shard {own} of {count}: it must be one of 0..{count - 1}.")
+    return order[own::count]
+
+
+def _decoded(
+    source: FileSet, spans: Sequence[torch.Tensor], view: Callable, seed: int, *, flip: bool = False, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the files at the positions of each span; view(fn, types, encoded, decoder) decodes and resizes."""
+    split, device, labels = source.split, source.split.device, source.split.labels.cpu()
     waiting: deque[torch.Tensor] = deque()
 
     def encoded() -> Iterator[list[np.ndarray]]:
-        for positions in own.split(batch_size):
+        for positions in spans:
             waiting.append(positions)
             yield [np.fromfile(split.files[p], dtype=np.uint8) for p in positions.tolist()]
 
     def decode(fn: ModuleType, types: ModuleType, where: str):
         files = fn.external_source(source=encoded(), batch=True, dtype=types.UINT8, ndim=1)
-        decoder = "mixed" if where == "gpu" else "cpu"
-        if training:
-            images = fn.decoders.image_random_crop(
-                files, device=decoder, output_type=types.RGB, random_area=CROP_AREA, random_aspect_ratio=CROP_RATIO
-            )
-            images = fn.resize(images, size=[size, size], antialias=True)
-        else:
-            images = fn.decoders.image(files, device=decoder, output_type=types.RGB)
-            images = fn.resize(images, resize_shorter=round(size * split.margin), antialias=True)
-            images = fn.crop(images, crop=[size, size])
+        images = view(fn, types, files, "mixed" if where == "gpu" else "cpu")
         levels = Pixels(*(tuple(255 * v for v in values) for values in source.pixels))
-        return _normalised(fn, types, images, levels, training and flip)
+        return _normalised(fn, types, images, levels, flip)
 
     try:
-        for (images,) in _run(decode, batch_size, device, seed + shard, workers):
+        for (images,) in _run(decode, len(spans[0]), device, seed, workers):
             yield images, labels[waiting.popleft()].to(device, non_blocking=True)
     except RuntimeError as error:
         read = [split.files[p] for positions in waiting for p in positions.tolist()]
@@ -172,11 +187,7 @@ def _decodes(path: Path) -> bool:
 
 
 def _dali() -> tuple[ModuleType, ModuleType, Callable]:
-    try:
-        from nvidia.dali import Pipeline, fn, types
-    except ImportError as error:
-        raise InferFastError(
-            "The loader dali needs NVIDIA DALI, which is not installed here: pip install nvidia-dali-cuda130, "
-            "or choose --loader fused."
-        ) from error
+    require("nvidia.dali", "The loader dali")
+    from nvidia.dali import Pipeline, fn, types
+
     return fn, types, Pipeline

@@ -5,19 +5,19 @@ On disk it is a folder: distilled.safetensors, card.json (how it was made), READ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
+from infer_fast.data.card import Card, read_card
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
-from infer_fast.files import read_json, read_tensors, write_tensors
+from infer_fast.files import read_tensors, write_tensors
 from infer_fast.ops import Quantised, compose
 
 TENSORS = "distilled.safetensors"
-CARD = "card.json"
 QUANTISATION_BYTES = 2 * 3 * 2  # a float16 scale and offset for each of 3 channels
 
 
@@ -42,7 +42,8 @@ class DistilledSet(Dataset):
     """A distilled set as a torch Dataset of (instance float32 (3, H, W) normalised, logits float32 (C,), class).
 
     base: uint8 (C, k, 3, H, W); compensators: bytes (M, k, 3, H, W) with scale and offset (M, k, 3), or None in image
-    mode; logits: float16 (C, k, M+1, C); pixels: of the dataset; card: how it was made.
+    mode; logits: float16 (C, k, M+1, C); pixels: of the dataset; card: how it was made (None:
+    not kept yet).
     Instance (c, j, 0) is base image j of class c bare; (c, j, 1+m) has teacher m's compensator j added.
     """
 
@@ -51,7 +52,7 @@ class DistilledSet(Dataset):
     logits: torch.Tensor
     pixels: Pixels
     classes: tuple[str, ...]
-    card: dict = field(default_factory=dict)
+    card: Card | None = None
 
     @property
     def views_per_base(self) -> int:
@@ -97,6 +98,18 @@ class DistilledSet(Dataset):
         index = torch.where(view == 0, -1, (view - 1) * k + base_index % k)
         return self.base.flatten(0, 1), base_index, flat, None if flat is None else index
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every image."""
+        return self.base.shape[3], self.base.shape[4]
+
+    @property
+    def made(self) -> Card:
+        """The card. Raises InferFastError for a set that has none."""
+        if self.card is None:
+            raise InferFastError("This distilled set has no card: it was not read from a folder.")
+        return self.card
+
     def part(self, k: int, teachers: int) -> DistilledSet:
         """The first k base images of each class, with the compensators of the first `teachers` teachers."""
         compensators = None
@@ -136,9 +149,8 @@ def load(path: str | Path) -> DistilledSet:
     if not (folder / TENSORS).is_file():
         raise InferFastError(f"{folder} holds no distilled set: {TENSORS} is not there.")
     tensors, _ = read_tensors(folder / TENSORS)
-    card = read_json(folder / CARD)
+    card = read_card(folder)
     try:
-        dataset = card["dataset"]
         compensators = None
         if "base" in tensors:
             names = ("compensators", "compensator_scale", "compensator_offset")
@@ -147,8 +159,8 @@ def load(path: str | Path) -> DistilledSet:
             base=tensors["base"] if compensators is not None else tensors["images"],
             compensators=compensators,
             logits=tensors["logits"],
-            pixels=Pixels(tuple(dataset["mean"]), tuple(dataset["std"])),
-            classes=tuple(dataset["classes"]),
+            pixels=card.dataset.pixels,
+            classes=card.dataset.classes,
             card=card,
         )
     except KeyError as error:

@@ -12,29 +12,19 @@ from dataclasses import dataclass
 
 import torch
 
-from infer_fast.data.augment import Augmentation, Draw, draw, finish, mixed
+from infer_fast.data.augment import Draw, Sampling, draw, finish, mixed
 from infer_fast.data.crops import resized_crop
 from infer_fast.data.sets import ResidentSet
 from infer_fast.ops import compose
 
 
-def batches(
-    resident: ResidentSet,
-    *,
-    batch_size: int,
-    updates: int,
-    augmentation: Augmentation,
-    generator: torch.Generator,
-) -> Iterator[Draw]:
-    """The draws of `updates` batches, on the set's device; Composer(resident) makes the batches.
-
-    Each epoch is one shuffle, whose last batch may be short.
-    """
-    done, size = 0, tuple(resident.base.shape[-2:])
-    while done < updates:
+def batches(resident: ResidentSet, sampling: Sampling) -> Iterator[Draw]:
+    """The draws of all batches, on the set's device; Composer(resident) makes the batches."""
+    done, size, generator = 0, resident.size, sampling.generator
+    while done < sampling.updates:
         order = torch.randperm(len(resident), generator=generator)
-        spans = order.split(batch_size)[: updates - done]
-        epoch = [draw(positions, size, augmentation, generator) for positions in spans]
+        spans = order.split(sampling.batch_size)[: sampling.updates - done]
+        epoch = [draw(positions, size, sampling.augmentation, generator) for positions in spans]
         for alike in (epoch[:-1], epoch[-1:]):
             yield from _sent(alike, resident.base.device)
         done += len(epoch)
@@ -65,33 +55,27 @@ class Composer:
     resident: ResidentSet
     backend: str | None = None
 
-    def __call__(
-        self,
-        positions: torch.Tensor,
-        shift: torch.Tensor | None = None,
-        crop: torch.Tensor | None = None,
-        flip: torch.Tensor | None = None,
-        weight: torch.Tensor | None = None,
-        partner: torch.Tensor | None = None,
-        box: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        own = self.resident
-        mixes = weight is not None and box is None and crop is None  # with the batch; after a resized crop or CutMix
+    def __call__(self, *drawn: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch of a Draw's parts, in its order."""
+        own, d = self.resident, Draw(*drawn)
+        mixes = d.weight is not None and d.box is None and d.crop is None  # later after a resized crop or CutMix
         index = own.compensator_index
         images = compose(
             own.base,
-            own.base_index[positions],
+            own.base_index[d.positions],
             own.compensators,
-            None if index is None else index[positions],
-            shift=shift,
-            flip=flip if crop is None else None,
-            lam=weight.expand(len(positions)) if mixes else None,
-            partner=partner if mixes else None,
+            None if index is None else index[d.positions],
+            shift=d.shift,
+            flip=d.flip if d.crop is None else None,
+            lam=d.weight.expand(len(d.positions)) if mixes else None,
+            partner=d.partner if mixes else None,
             mean=own.pixels.mean,
             std=own.pixels.std,
             backend=self.backend,
         )
-        if crop is not None:
-            images = resized_crop(images, crop, flip)
-        targets = own.targets_at(positions)
-        return (images, mixed(targets, weight, partner)) if mixes else finish(images, targets, weight, partner, box)
+        if d.crop is not None:
+            images = resized_crop(images, d.crop, d.flip)
+        targets = own.targets_at(d.positions)
+        if mixes:
+            return images, mixed(targets, d.weight, d.partner)
+        return finish(images, targets, d.weight, d.partner, d.box)

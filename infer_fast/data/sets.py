@@ -33,6 +33,11 @@ class ResidentSet:
         return len(self.base_index)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every image."""
+        return self.base.shape[2], self.base.shape[3]
+
+    @property
     def soft(self) -> bool:
         """Whether the targets are teachers' logits."""
         return self.targets.is_floating_point()

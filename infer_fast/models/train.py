@@ -3,60 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from infer_fast.errors import InferFastError, InferFastWarning
-from infer_fast.models.engine import Replayed, choose_engine
-from infer_fast.recipes import Precision
-
-PRECISIONS = get_args(Precision)
-
-
-def choose_precision(device: torch.device, precision: str) -> str:
-    """What `precision` means on `device`: auto is bfloat16 on CUDA and float32 elsewhere; fast is bfloat16 also where
-    the processor has instructions for it. Warns of a bfloat16 that was asked for by name where it has none.
-
-    Raises InferFastError for an unknown precision, or TF32 where no tensor core rounds to it.
-    """
-    if precision not in PRECISIONS:
-        raise InferFastError(f"{precision!r} is not a precision: choose one of {', '.join(PRECISIONS)}.")
-    if precision == "tf32" and device.type != "cuda":
-        raise InferFastError(f"tf32 is a mode of CUDA devices, this run is on {device.type}: choose float32.")
-    if precision in ("auto", "fast"):
-        pays = device.type == "cuda" or (precision == "fast" and processor_has_bfloat16())
-        return "bfloat16" if pays else "float32"
-    if precision == "bfloat16" and device.type == "cpu" and not processor_has_bfloat16():
-        warnings.warn("This processor emulates bfloat16: float32 is several times faster here.", InferFastWarning, 2)
-    return precision
-
-
-def processor_has_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 kernels for this processor; emulated, they are slower than float32's."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@contextmanager
-def at_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Passes inside it run in float32, in tf32 (convolutions and matrix products), or in bfloat16 autocast."""
-    chosen = choose_precision(device, precision)
-    flags = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [f.allow_tf32 for f in flags]
-    for f in flags:
-        f.allow_tf32 = chosen == "tf32"
-    try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=chosen == "bfloat16"):
-            yield
-    finally:
-        for f, value in zip(flags, before, strict=True):
-            f.allow_tf32 = value
+from infer_fast.errors import InferFastError
+from infer_fast.models.engine import Replayed
+from infer_fast.models.execution import AUTO, Execution, at_precision
 
 
 @dataclass(frozen=True)
@@ -124,46 +80,54 @@ def as_given(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
     return images, targets
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a network is trained on.
+
+    batches: tuples of device tensors (or None) of which make(*batch) makes images (B, 3, H, W) and targets (B, C), as
+    part of the step; loss: of logits and targets; label(images), if given, makes the targets instead: dynamic soft
+    labels.
+    """
+
+    batches: Iterable[tuple]
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    make: Callable[..., tuple[torch.Tensor, torch.Tensor]] = as_given
+    label: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
 def fit(
     network: nn.Module,
-    batches: Iterable[tuple],
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    training: Training,
     schedule: Schedule,
-    *,
-    make: Callable[..., tuple[torch.Tensor, torch.Tensor]] = as_given,
-    label: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    precision: str = "auto",
-    engine: str = "auto",
+    execution: Execution = AUTO,
     on_update: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Trains `network` in place and leaves it in eval mode, weights float32, in the layout that suits it.
 
-    batches: tuples of device tensors (or None) of which make(*batch) makes images (B, 3, H, W) and targets (B, C), as
-    part of the step. label(images), if given, makes the targets instead: dynamic soft labels. precision and engine:
-    see at_precision and infer_fast.models.engine. on_update(done) is called after every update.
-    Nothing waits for the device between updates. Raises InferFastError when the weights became NaN or infinite.
+    on_update(done) is called after every update. Nothing waits for the device between updates. Raises InferFastError
+    when the weights became NaN or infinite.
     """
     layout = layout_of(network)
     network.to(memory_format=layout).train()
     device = next(network.parameters()).device
-    chosen = choose_engine(engine, device)
-    optimizer = _optimizer(network, schedule, captured=chosen.startswith("graph"))
-    if chosen in ("compile", "graph-compile"):
+    how = execution.on(device)
+    optimizer = _optimizer(network, schedule, captured=how.engine.startswith("graph"))
+    if how.engine in ("compile", "graph-compile"):
         network.compile()
 
     def step(*batch: torch.Tensor | None) -> None:
-        images, targets = make(*batch)
+        images, targets = training.make(*batch)
         images = images.contiguous(memory_format=layout)
-        if label is not None:
-            targets = label(images)
+        if training.label is not None:
+            targets = training.label(images)
         optimizer.zero_grad(set_to_none=True)
-        with at_precision(device, precision):
+        with at_precision(device, how.precision):
             logits = network(images)
-        loss(logits.float(), targets).backward()
+        training.loss(logits.float(), targets).backward()
         optimizer.step()
 
-    run = Replayed(step) if chosen.startswith("graph") else step
-    for done, batch in enumerate(batches, start=1):
+    run = Replayed(step) if how.engine.startswith("graph") else step
+    for done, batch in enumerate(training.batches, start=1):
         if (done - 1) % schedule.updates_per_epoch == 0:
             _set_rate(optimizer, schedule.rate((done - 1) // schedule.updates_per_epoch))
         run(*batch)

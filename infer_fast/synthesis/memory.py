@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from infer_fast.files import read_json
+from infer_fast.models.build import build
+from infer_fast.models.execution import at_precision, choose_precision
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.models.train import at_precision
 
 SHARE = 0.8  # of the free memory; the rest is for what the estimate does not see
 WORKSPACE = (
     1.6  # a pass's highest point over what it keeps for backward: outputs, gradients, the libraries' own buffers
 )
 PROBE = 2  # images
+ROOM = "room.json"
 FILL_PIXELS = {"cuda": 2**20, "cpu": 2**18}  # of a batch: with more, another lane no longer makes the device faster
 CONTROL_GROUPS = (  # a container's limit: folder, limit and use, in both versions of the kernel's interface
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
@@ -76,6 +81,65 @@ def choose_lanes(
     device = next(teacher.parameters()).device
     filling = FILL_PIXELS.get(device.type, FILL_PIXELS["cpu"]) // (images * size[0] * size[1])
     return max(1, min(most, filling, fit // images)), None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What room is looked for: for up to `ipc` tasks of `images` images of `size` with each of the networks `teachers`.
+
+    classes: the networks' outputs; most: images in one pass at most (None: no bound); optimise, precision: the
+    settings'.
+    """
+
+    teachers: tuple[str, ...]
+    classes: int
+    images: int
+    size: tuple[int, int]
+    ipc: int
+    optimise: str
+    precision: str
+    most: int | None = None
+
+    def on(self, device: torch.device) -> list:
+        """What a room is found for, as JSON gives it back."""
+        return [
+            list(self.teachers), self.images, list(self.size), self.ipc, self.optimise, self.precision, device.type
+        ]  # fmt: skip
+
+
+class Room(NamedTuple):
+    """Of each teacher: tasks side by side, and images of a task in one pass (None: all). Kept with the run, so that it
+    goes on as it began whatever the free memory is then; made_for: what it depends on."""
+
+    lanes: list[int]
+    chunks: list[int | None]
+    made_for: list
+
+
+def find_room(
+    demand: Demand, device: torch.device, kept: Path, lanes: int | None = None, chunk: int | None = None
+) -> Room:
+    """The lanes and chunks of each teacher: as asked for, else as the run in `kept` began, else what fits now."""
+    names, made_for = demand.teachers, demand.on(device)
+    path = kept / ROOM
+    if lanes is not None:
+        found: list[tuple[int, int | None]] = [(lanes, None)] * len(names)
+    elif path.is_file() and (written := read_json(path))["made_for"] == made_for:
+        found = list(zip(written["lanes"], written["chunks"], strict=True))
+    else:
+        found = [_room_of(name, demand, device) for name in names]
+    chunks = [own for _, own in found]
+    if chunk is not None:
+        chunks = [chunk] * len(names)
+    elif demand.most is not None and demand.most < demand.images:
+        chunks = [min(own or demand.images, demand.most) for own in chunks]
+    return Room([own for own, _ in found], chunks, made_for)
+
+
+def _room_of(name: str, demand: Demand, device: torch.device) -> tuple[int, int | None]:
+    network = build(name, demand.classes, demand.size, seed=0).to(device)
+    precision = choose_precision(device, demand.precision)
+    return choose_lanes(network, demand.images, demand.size, precision, demand.ipc)
 
 
 def _machine_bytes() -> int:

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
+from infer_fast.models.execution import at_precision
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.models.train import at_precision
 from infer_fast.ops import perturb_
 from infer_fast.ops.bn_match import Statistics, pooled
 from infer_fast.recipes import SynthesisSettings
@@ -37,15 +37,15 @@ class Problem:
     """L tasks of one teacher.
 
     base: float32 (L, C, 3, H, W), normalised, on the device; targets: int64 (C,), the class of each image of a lane;
-    teacher: the matched teacher all lanes share; precision: of its pass (losses and what is optimised stay float32);
-    chunk: images of each lane that are passed together, None for all C.
+    teacher: the matched teacher all lanes share; precision: of its pass, as choose_precision returns it (losses and
+    what is optimised stay float32); chunk: images of each lane that are passed together, None for all C.
     """
 
     teacher: MatchedTeacher
     base: torch.Tensor
     targets: torch.Tensor
     settings: SynthesisSettings
-    precision: str = "auto"
+    precision: str = "float32"
     chunk: int | None = None
 
     def __post_init__(self) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict, Unpack
 
 from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
-from infer_fast.models.engine import capture, choose_engine, compiled, compiling
+from infer_fast.models.engine import capture, compiled, compiling
+from infer_fast.models.execution import AUTO, Execution
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.models.train import choose_precision
 from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views
@@ -53,44 +54,43 @@ class AdamState:
     counter: torch.Tensor
 
 
+class ExecutionOptions(TypedDict, total=False):
+    """The fields of Execution as arguments; backend None is auto."""
+
+    precision: str
+    engine: str
+    backend: str | None
+
+
 def solve(
     teacher: nn.Module,
     base: torch.Tensor,
     *,
     settings: SynthesisSettings,
     views: Views | None = None,
-    backend: str | None = None,
-    engine: str = "auto",
-    precision: str = "auto",
-    lanes: int | None = None,
-    chunk: int | None = None,
     targets: torch.Tensor | None = None,
-    on_iteration: OnIteration | None = None,
+    **execution: Unpack[ExecutionOptions],
 ) -> torch.Tensor:
     """Solves L tasks of one teacher side by side; the result of each does not depend on the others.
 
     teacher: any module with BatchNorm2d that maps (B, 3, H, W) to logits (B, classes); it is copied, never changed.
     base: float32 (L, C, 3, H, W), normalised. views: the random draws (T iterations, L lanes); by default those of
     tasks (teacher 0, index 0..L-1) under settings.seed. targets: int64 (C,), the class of each image of a lane
-    (default 0..C-1). engine: see infer_fast.models.engine. precision: float32, tf32 or bfloat16 is the teacher's
-    pass, losses and u stay float32; auto is bfloat16 on CUDA and float32 elsewhere. lanes: at most so many tasks in one
-    batch (default: all). chunk: at most so many images of a lane in one pass (default: all C); the result is the same.
-    Both are halved, with a warning, when the memory does not suffice. on_iteration(lanes, done, losses on the CPU, one
-    for each of lanes) is called every LOG_EVERY iterations of these lanes.
+    (default 0..C-1). execution: precision="auto", engine="auto", backend=None, see infer_fast.models.execution. Solver
+    has the rest: bounds on lanes and chunks, losses along the way, many batches of one teacher.
 
     Returns the compensators, float32 (L, 3, H, W), or in image mode the images, float32 (L, C, 3, H, W).
     Raises NonFiniteLossError when a lane diverged (the others are in it), InferFastError for arguments that don't fit.
     """
-    solver = Solver(
-        teacher, settings=settings, backend=backend, engine=engine, precision=precision, lanes=lanes, chunk=chunk
-    )
-    return solver.solve(base, views, targets, on_iteration)
+    chosen = Execution(**{name: "auto" if value is None else value for name, value in execution.items()})
+    return Solver(teacher, settings=settings, execution=chosen).solve(base, views, targets)
 
 
 class Solver:
     """solve() for many batches of one teacher: the matched teacher, and what the engine made of it, are kept.
 
-    lanes and chunk are what is used now (None: no bound); they fall when the memory does not suffice. The other
+    lanes: at most so many tasks in one batch (None: all); chunk: at most so many images of a lane in one pass (None:
+    all C; the result is the same). Both are halved, with a warning, when the memory does not suffice. The other
     arguments, results and errors are those of solve().
     """
 
@@ -99,9 +99,7 @@ class Solver:
         teacher: nn.Module,
         *,
         settings: SynthesisSettings,
-        backend: str | None = None,
-        engine: str = "auto",
-        precision: str = "auto",
+        execution: Execution = AUTO,
         lanes: int | None = None,
         chunk: int | None = None,
     ):
@@ -110,10 +108,8 @@ class Solver:
         if any(n is not None and n < 1 for n in (lanes, chunk)):
             raise InferFastError(f"lanes ({lanes}) and chunk ({chunk}) must be at least 1.")
         device = next(teacher.parameters(), torch.empty(0)).device
-        self.teacher, self.settings, self.backend = teacher, settings, backend
-        self.engine, self.precision = choose_engine(engine, device), choose_precision(device, precision)
+        self.teacher, self.settings, self.execution = teacher, settings, execution.on(device)
         self.lanes, self.chunk = lanes, chunk
-        self._any_engine = engine == "auto"
         self._matched: MatchedTeacher | None = None
         self._loop: Loop | None = None
 
@@ -202,7 +198,9 @@ class Solver:
             self._matched = self._match(self.teacher)
         if self._loop is None or not self._loop.takes(base, views):
             self._loop = None  # frees what it holds before the next one is made
-            problem = Problem(self._matched, base.clone(), targets.clone(), self.settings, self.precision, self.chunk)
+            problem = Problem(
+                self._matched, base.clone(), targets.clone(), self.settings, self.execution.precision, self.chunk
+            )
             self._loop = self._start(problem, start_state(problem, views))
         else:
             self._loop.take(base, views, targets)
@@ -211,14 +209,14 @@ class Solver:
     def _start(self, problem: Problem, state: AdamState) -> Loop:
         """The loop under the engine; eager, with a warning, if auto chose a graph and the teacher can't be captured."""
         try:
-            return Loop(problem, state, self.engine)
+            return Loop(problem, state, self.execution.engine)
         except RuntimeError as error:
-            if not self._any_engine or self.engine == "eager" or out_of_memory(error):
+            if not self.execution.any_engine or self.execution.engine == "eager" or out_of_memory(error):
                 raise
             reason = str(error).strip().split("\n")[0]
-        self.engine = "eager"
+        self.execution = replace(self.execution, engine="eager")
         warnings.warn(f"No CUDA graph of this teacher ({reason}): going on eager.", InferFastWarning, stacklevel=5)
-        loop = Loop(problem, state, self.engine)
+        loop = Loop(problem, state, "eager")
         loop.restart()  # from whatever the attempt left behind
         return loop
 
@@ -228,7 +226,7 @@ class Solver:
             first_bn_multiplier=self.settings.first_bn_multiplier,
             r_var=self.settings.r_var,
             skip_bn=self.settings.skip_bn,
-            backend=self.backend,
+            backend=self.execution.forced_backend,
         )
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from infer_fast.data.augment import Augmentation
-from infer_fast.data.dali import file_batches
+from infer_fast.data.dali import centred_batches, file_batches
 from infer_fast.data.images import FileSplit, Split
 from infer_fast.data.pixels import AS_STORED, Pixels
 from infer_fast.data.sets import FileSet, resident_distilled, resident_split
@@ -149,12 +149,16 @@ def source_of(folder):
 
 
 def read(folder, **options):
-    return list(file_batches(source_of(folder), batch_size=4, **{"training": False, **options}))
+    return list(centred_batches(source_of(folder), batch_size=4, **options))
+
+
+def read_for_training(folder, **options):
+    return list(file_batches(source_of(folder), batch_size=4, **options))
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_files_of_every_kind_are_decoded_to_rgb_with_their_class(folder, generator, training):
-    stream = read(folder, training=training, generator=generator)
+    stream = read_for_training(folder, generator=generator) if training else read(folder)
     assert [len(images) for images, _ in stream] == [4, 4, 4, 3]
     images, labels = (torch.cat(parts) for parts in zip(*stream, strict=True))
     assert images.shape == (15, 3, 16, 16) and sorted(labels.tolist()) == sorted([0, 1, 2] * 5)
@@ -168,12 +172,13 @@ def test_shards_hold_every_image_once_between_them(folder):
         seen = []
         for shard in range(2):
             generator = torch.Generator().manual_seed(3)
-            stream = read(folder, training=training, generator=generator, shard=shard, shards=2)
+            own = {"shard": (shard, 2)}
+            stream = read_for_training(folder, generator=generator, **own) if training else read(folder, **own)
             seen += [label for _, labels in stream for label in labels.tolist()]
             assert sum(len(images) for images, _ in stream) in (7, 8)
         assert sorted(seen) == [0] * 5 + [1] * 5 + [2] * 5
     with pytest.raises(InferFastError, match="shard 2 of 2"):
-        read(folder, shard=2, shards=2)
+        read(folder, shard=(2, 2))
 
 
 def test_a_corrupt_file_is_named(folder):

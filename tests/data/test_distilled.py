@@ -10,6 +10,8 @@ from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 from infer_fast.files import write_json
 
+from .test_card import card_of
+
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PIXELS = Pixels(MEAN, STD)
 
@@ -18,13 +20,13 @@ def make(generator, c=3, k=2, m=4, size=5, images=False):
     base = torch.randint(0, 256, (c, k, 3, size, size), generator=generator, dtype=torch.uint8)
     compensators = None if images else quantise(torch.randn(m, k, 3, size, size, generator=generator), STD)
     logits = torch.randn(c, k, 1 if images else m + 1, c, generator=generator).half()
-    card = {"dataset": {"mean": MEAN, "std": STD, "classes": [f"class {i}" for i in range(c)]}}
-    return DistilledSet(base, compensators, logits, PIXELS, tuple(card["dataset"]["classes"]), card)
+    classes = tuple(f"class {i}" for i in range(c))
+    return DistilledSet(base, compensators, logits, PIXELS, classes, card_of(classes, PIXELS))
 
 
 def write(distilled, folder):
     distilled.save(folder)
-    write_json(folder / "card.json", distilled.card)
+    distilled.card.write(folder)
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
@@ -99,9 +101,9 @@ def test_missing_damaged_and_mismatched_sets_are_errors(generator, tmp_path):
     with pytest.raises(InferFastError, match="is damaged"):
         infer_fast.load(path)
     path.write_bytes(whole)
-    write_json(tmp_path / "card.json", {"dataset": {**distilled.card["dataset"], "classes": ["one"]}})
+    card_of(("one",)).write(tmp_path)
     with pytest.raises(InferFastError, match="names 1 classes"):
         infer_fast.load(tmp_path)
     write_json(tmp_path / "card.json", {})
-    with pytest.raises(InferFastError, match="'dataset' is missing"):
+    with pytest.raises(InferFastError, match="card.json: recipe_name is missing"):
         infer_fast.load(tmp_path)

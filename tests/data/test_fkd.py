@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.fkd import epoch_bytes, epoch_path, read_epoch, replay, write_epoch
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import resident_distilled
@@ -27,7 +27,7 @@ def test_stored_epochs_are_replayed_batch_for_batch(generator, tmp_path, augment
     per_epoch, logits = -(-len(resident) // 8), []
     expected = []
     for epoch in range(2):
-        draws = list(batches(resident, batch_size=8, updates=per_epoch, augmentation=augmentation, generator=generator))
+        draws = list(batches(resident, Sampling(8, per_epoch, augmentation, generator)))
         logits = [torch.randn(len(draw.positions), 5, generator=generator).half() for draw in draws]
         write_epoch(epoch_path(tmp_path, epoch), draws, logits)
         expected += [(Composer(resident)(*draw)[0], own.float()) for draw, own in zip(draws, logits, strict=True)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.images import Split
 from infer_fast.data.loader import feed
 from infer_fast.data.pixels import AS_STORED
@@ -21,8 +21,7 @@ def resident(generator, count=10, size=4, logits=None):
 
 def made(resident, loader="fused", **options):
     """The batches (images, targets) of a loader."""
-    options = {"augmentation": Augmentation(), **options}
-    stream, make = feed(loader, resident, **options)
+    stream, make = feed(loader, resident, Sampling(**{"augmentation": Augmentation(), **options}))
     return [make(*batch) for batch in stream]
 
 

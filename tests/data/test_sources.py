@@ -248,7 +248,7 @@ def test_imagenet_stays_on_the_disk_and_is_read_as_it_comes(generator, tmp_path)
 def test_folders_too_large_for_the_memory_stay_on_the_disk(generator, tmp_path, monkeypatch):
     write_folder(tmp_path, generator)
     resident = load_dataset("mine", tmp_path)
-    monkeypatch.setattr("infer_fast.data.sources.most_resident", lambda: 700)  # of 8 x 108 bytes
+    monkeypatch.setattr("infer_fast.data.class_folders.most_resident", lambda: 700)  # of 8 x 108 bytes
     large = load_dataset("mine", tmp_path)
     assert isinstance(large.train, FileSplit) and isinstance(large.test, Split)
     assert torch.equal(large.train.at(torch.arange(8)), resident.train.images)

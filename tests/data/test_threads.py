@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.images import FileSplit
 from infer_fast.data.loader import choose_loader, feed
 from infer_fast.data.pixels import AS_STORED
@@ -29,10 +29,11 @@ def files(folder, count=10, size=(40, 30)):
     return FileSplit(tuple(paths), torch.arange(count) % 3, (16, 16))
 
 
-def made(split, loader, **options):
+def made(split, loader, workers=4, **options):
     needed(loader)
     source = FileSet(split, 3, AS_STORED)
-    stream, make = feed(loader, source, **{"augmentation": Augmentation(flip=True), **options})
+    sampling = Sampling(**{"augmentation": Augmentation(flip=True), **options})
+    stream, make = feed(loader, source, sampling, workers=workers)
     return [make(*batch) for batch in stream]
 
 

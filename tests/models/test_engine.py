@@ -7,6 +7,7 @@ import torch
 
 from infer_fast.errors import InferFastWarning
 from infer_fast.models.engine import choose_engine
+from infer_fast.models.execution import Execution
 from infer_fast.synthesis import draw_views, solve
 from infer_fast.synthesis.solver import Solver
 from tests.synthesis.test_solver import SETTINGS, teacher_and_base
@@ -15,7 +16,7 @@ from tests.synthesis.test_solver import SETTINGS, teacher_and_base
 def test_compiled_equals_eager(generator):
     network, base = teacher_and_base(generator, lanes=2)
     expected = solve(network, base, settings=SETTINGS, engine="eager")
-    solver = Solver(network, settings=SETTINGS, engine="compile", chunk=2)
+    solver = Solver(network, settings=SETTINGS, execution=Execution(engine="compile"), chunk=2)
     for _ in range(2):  # the second time on what the first one compiled
         assert (solver.solve(base) - expected).norm() / expected.norm() < 1e-4
 
@@ -31,11 +32,11 @@ def test_auto_goes_on_eager_where_a_graph_fails_and_a_forced_graph_does_not(gene
     network, base = teacher_and_base(generator)
     expected = solve(network, base, settings=SETTINGS)
     solver = Solver(network, settings=SETTINGS)
-    solver.engine = "graph"  # as auto chooses it on CUDA
+    solver.execution = replace(solver.execution, engine="graph")  # as auto chooses it on CUDA
     with pytest.warns(InferFastWarning, match="not permitted.*going on eager"):
         assert torch.equal(solver.solve(base), expected)
-    forced = Solver(network, settings=SETTINGS, engine="eager")
-    forced.engine = "graph"
+    forced = Solver(network, settings=SETTINGS, execution=Execution(engine="eager"))
+    forced.execution = replace(forced.execution, engine="graph")
     with pytest.raises(RuntimeError, match="not permitted"):
         forced.solve(base)
 
@@ -50,7 +51,7 @@ def test_engines_agree_on_a_gpu(generator, engine, chunk, optimise):
     settings = replace(SETTINGS, optimise=optimise)
     network, base = network.cuda(), base.cuda()
     expected = solve(network, base, settings=settings, engine="eager", precision="float32")
-    solver = Solver(network, settings=settings, engine=engine, precision="float32", chunk=chunk)
+    solver = Solver(network, settings=settings, execution=Execution("float32", engine), chunk=chunk)
     for _ in range(2):
         assert (solver.solve(base) - expected).norm() / expected.norm() < 1e-4
 
@@ -59,7 +60,7 @@ def test_engines_agree_on_a_gpu(generator, engine, chunk, optimise):
 @pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_nothing_waits_for_the_device_between_logs(generator, engine):
     network, base = teacher_and_base(generator)
-    solver = Solver(network.cuda(), settings=SETTINGS, engine=engine)
+    solver = Solver(network.cuda(), settings=SETTINGS, execution=Execution(engine=engine))
     solver.solve(base.cuda())
     views = draw_views(0, 0, [0, 1, 2], iterations=20, jitter=2).to(torch.device("cuda"))
     loop = solver.prepare(base.cuda(), views, torch.arange(base.shape[1], device="cuda"))

@@ -6,21 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.images import Split
 from infer_fast.data.loader import feed
 from infer_fast.data.pixels import Pixels
 from infer_fast.data.sets import resident_split
 from infer_fast.errors import InferFastError, InferFastWarning
-from infer_fast.models import build, train
-from infer_fast.models.train import Schedule, accuracy, choose_precision, fit, hard_loss, predict, soft_loss
-from infer_fast.relabel import dynamic_labels
-from infer_fast.squeeze import Teacher
+from infer_fast.models import build, execution
+from infer_fast.models.execution import Execution, choose_precision
+from infer_fast.models.teacher import Teacher
+from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict, soft_loss
+from infer_fast.students.labels import dynamic_labels
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_fast_is_bfloat16_where_the_processor_has_it(monkeypatch, supported):
-    monkeypatch.setattr(train, "processor_has_bfloat16", lambda: supported)
+    monkeypatch.setattr(execution, "processor_has_bfloat16", lambda: supported)
     cpu = torch.device("cpu")
     assert choose_precision(cpu, "fast") == ("bfloat16" if supported else "float32")
     assert choose_precision(cpu, "auto") == "float32" and choose_precision(torch.device("cuda"), "fast") == "bfloat16"
@@ -64,7 +65,7 @@ def test_fit_learns_and_follows_the_cosine_per_epoch(generator, optimizer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, real.__name__, Recording)
-        fit(network, stream(), hard_loss, Schedule(optimizer, 0.1, 0.0, 0.9, 40, 10))
+        fit(network, Training(stream(), hard_loss), Schedule(optimizer, 0.1, 0.0, 0.9, 40, 10))
     assert not network.training
     assert accuracy(network(x), y) > 90
     expected = [0.1 * (1 + torch.cos(torch.tensor(torch.pi * e / 4)).item()) / 2 for e in range(4) for _ in range(10)]
@@ -120,7 +121,7 @@ def test_labels_are_made_of_the_batch_the_student_sees(generator):
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     stream = [(x, torch.zeros(32, 2))] * 60
     schedule = Schedule("adamw", 0.1, 0.0, 0.9, 60, 60)
-    fit(network, stream, hard_loss, schedule, make=lambda images, targets: (2 * images, targets), label=label)
+    fit(network, Training(stream, hard_loss, lambda images, targets: (2 * images, targets), label), schedule)
     assert len(seen) == 60 and torch.equal(seen[0], 2 * x)
     assert accuracy(network(x), (x[:, 0, 0, 0] > 0).long()) > 90
 
@@ -147,13 +148,11 @@ def test_a_captured_step_trains_as_an_eager_one(generator, optimizer, dynamic, l
     trained = []
     for engine in ("eager", "graph"):
         network = build("convnet-silu", 4, (16, 16), seed=0).to(device)
-        stream, make = feed(
-            loader, own, batch_size=8, updates=40, augmentation=Augmentation(2, True, "cutmix"),
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        sampling = Sampling(8, 40, Augmentation(2, True, "cutmix"), torch.Generator().manual_seed(0))
+        stream, make = feed(loader, own, sampling)
         schedule = Schedule(optimizer, 1e-3, 0.01, 0.9, 40, 4)
         loss = soft_loss(4.0) if dynamic else hard_loss
-        fit(network, stream, loss, schedule, make=make, label=label, precision="float32", engine=engine)
+        fit(network, Training(stream, loss, make, label), schedule, Execution("float32", engine))
         trained.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
     assert (trained[0] - trained[1]).norm() / trained[0].norm() < 1e-3
 
@@ -162,7 +161,7 @@ def test_divergence_is_an_error():
     network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     stream = [(torch.full((1, 2, 1, 1), float("nan")), torch.ones(1, 2))]
     with pytest.raises(InferFastError, match="diverged"):
-        fit(network, stream, hard_loss, Schedule("sgd", 0.1, 0.0, 0.0, 1, 1))
+        fit(network, Training(stream, hard_loss), Schedule("sgd", 0.1, 0.0, 0.0, 1, 1))
 
 
 def test_predict_covers_every_position_once():
@@ -183,7 +182,8 @@ def test_every_student_of_the_field_takes_a_step(generator, name):
     network = build(name, 10, (32, 32), seed=0)
     before = {key: p.detach().clone() for key, p in network.named_parameters()}
     images, targets = torch.randn(2, 3, 32, 32, generator=generator), torch.randn(2, 10, generator=generator)
-    fit(network, [(images, targets)], soft_loss(4.0), Schedule("sgd", 0.1, 0.0, 0.9, 1, 1), engine="eager")
+    schedule = Schedule("sgd", 0.1, 0.0, 0.9, 1, 1)
+    fit(network, Training([(images, targets)], soft_loss(4.0)), schedule, Execution(engine="eager"))
     changed = [not torch.equal(before[key], p) for key, p in network.named_parameters()]
     assert sum(changed) >= 0.6 * len(changed)
     assert network(images).isfinite().all() and network(images).shape == (2, 10)

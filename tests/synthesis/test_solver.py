@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench import memory
-from infer_fast.data.augment import Augmentation
+from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.images import draw_of_each_class
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import resident_split
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models import MatchedTeacher, build
-from infer_fast.models.train import Schedule, fit, hard_loss
+from infer_fast.models.train import Schedule, Training, fit, hard_loss
 from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis import NonFiniteLossError, Views, draw_views, solve
 from infer_fast.synthesis.problem import Problem, adjusted_teacher, image_prior
@@ -132,7 +132,7 @@ def test_chunks_give_what_the_whole_batch_gives(generator, optimise, chunk):
     network, base = teacher_and_base(generator, lanes=2)
     settings = replace(SETTINGS, optimise=optimise)
     whole = solve(network, base, settings=settings)
-    chunked = solve(network, base, settings=settings, chunk=chunk)
+    chunked = Solver(network, settings=settings, chunk=chunk).solve(base)
     assert (chunked - whole).norm() / whole.norm() < 1e-4
     assert not torch.equal(chunked, whole)  # it did take the other way
 
@@ -197,7 +197,7 @@ def test_the_loss_falls(generator):
     network, base = teacher_and_base(generator)
     losses = []
     settings = replace(SETTINGS, iterations=100, lr=0.05)
-    solve(network, base, settings=settings, on_iteration=lambda _, *report: losses.append(report))
+    Solver(network, settings=settings).solve(base, on_iteration=lambda _, *report: losses.append(report))
     start = solve_loss(network, base, torch.zeros(3, 1, 3, SIZE, SIZE), settings)
     assert [done for done, _ in losses] == [50, 100]
     assert (losses[-1][1] < start).all()
@@ -217,8 +217,8 @@ def test_bfloat16_ends_within_2_percent_of_float32_on_digits():
     split = resident_split(dataset.train, classes, dataset.pixels)
     generator = torch.Generator().manual_seed(0)
     schedule = Schedule("sgd", lr=0.05, weight_decay=5e-4, momentum=0.9, updates=60, updates_per_epoch=20)
-    drawn = batches(split, batch_size=64, updates=60, augmentation=Augmentation(padding=1), generator=generator)
-    fit(network, drawn, hard_loss, schedule, make=Composer(split))
+    drawn = batches(split, Sampling(64, 60, Augmentation(padding=1), generator))
+    fit(network, Training(drawn, hard_loss, Composer(split)), schedule)
     base = dataset.train.images[draw_of_each_class(dataset, 3, generator)].transpose(0, 1)  # (3, 10, 3, 8, 8)
     base = dataset.pixels.normalise(base)
     settings = SynthesisSettings(iterations=60, lr=0.02, jitter=1)
@@ -257,7 +257,7 @@ def test_image_priors_are_added_to_the_loss_whatever_the_chunks(generator):
     network, base = teacher_and_base(generator)
     settings = replace(SETTINGS, optimise="images", tv_l2=10.0, l2_scale=0.1)
     smooth_images = solve(network, base, settings=settings)
-    chunked = solve(network, base, settings=settings, chunk=3)
+    chunked = Solver(network, settings=settings, chunk=3).solve(base)
     assert (chunked - smooth_images).norm() / smooth_images.norm() < 1e-4
     plain = solve(network, base, settings=replace(settings, tv_l2=0.0, l2_scale=0.0))
     assert image_prior(smooth_images, 1.0, 0.0).sum() < 0.7 * image_prior(plain, 1.0, 0.0).sum()
@@ -337,7 +337,7 @@ def test_arguments_that_do_not_fit_are_errors(generator):
     with pytest.raises(InferFastError, match="not an engine"):
         solve(network, base, settings=SETTINGS, engine="warp")
     with pytest.raises(InferFastError, match="chunk"):
-        solve(network, base, settings=SETTINGS, chunk=0)
+        Solver(network, settings=SETTINGS, chunk=0)
     if not torch.cuda.is_available():
         with pytest.raises(InferFastError, match="graph needs a CUDA device"):
             solve(network, base, settings=SETTINGS, engine="graph")

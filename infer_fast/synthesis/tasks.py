@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -16,34 +15,14 @@ from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_tensor, write_tensors
 from infer_fast.models.build import SMALL_IMAGE
-from infer_fast.models.engine import choose_engine
-from infer_fast.models.train import choose_precision
+from infer_fast.models.execution import Execution
+from infer_fast.models.teacher import Teacher, device_of
 from infer_fast.progress import stage
 from infer_fast.recipes import SKIPPED_BATCHNORMS, SynthesisSettings
-from infer_fast.relabel import device_of
-from infer_fast.squeeze import Teacher
-from infer_fast.synthesis import NonFiniteLossError, draw_views
 from infer_fast.synthesis.plan import Plan, TaskBatch
 from infer_fast.synthesis.problem import pixels_of
-from infer_fast.synthesis.solver import LOG_EVERY, Solver
-from infer_fast.synthesis.views import task_generator
-
-
-class How(NamedTuple):
-    """How the passes are run, as it was asked for: see infer_fast.synthesis.solve."""
-
-    precision: str = "auto"
-    engine: str = "auto"
-    backend: str = "auto"
-
-    def resolved(self, device: torch.device) -> dict[str, str]:
-        """What `auto` becomes on `device`, for the card and for the tasks' key."""
-        return {
-            "precision": choose_precision(device, self.precision),
-            "engine": choose_engine(self.engine, device),
-            "backend": self.backend,
-            "device": device.type,
-        }
+from infer_fast.synthesis.solver import LOG_EVERY, NonFiniteLossError, Solver
+from infer_fast.synthesis.views import draw_views, task_generator
 
 
 @dataclass(frozen=True)
@@ -63,77 +42,89 @@ class TaskResult:
         return read_tensor(self.path, "losses").tolist()
 
 
-def synthesise(
-    plan: Plan,
-    teachers: list[Teacher],
-    base: torch.Tensor,
-    settings: SynthesisSettings,
-    folder: Path,
-    how: How,
-    chunks: Sequence[int | None],
-    wanted: range,
-) -> dict[tuple[int, int, int], TaskResult] | None:
-    """Solves the plan's tasks, each saved the moment it is done; tasks already on the disk are read back.
+Results = dict[tuple[int, int, int], TaskResult]  # of (teacher, index, first class)
 
-    base: uint8 (C, k, 3, H, W); chunks: images of a task in one pass, for each teacher (None: all); wanted: the task
-    indices to solve here.
-    Returns {(teacher, index, first class): result}, or None when tasks outside `wanted` are still missing. Raises
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Everything that the results of a plan's tasks depend on.
+
+    base: uint8 (C, k, 3, H, W), on the CPU; execution: as the teachers' device resolves it; chunks: images of a task in
+    one pass, for each teacher (None: all), which results don't depend on.
+    """
+
+    plan: Plan
+    teachers: Sequence[Teacher]
+    base: torch.Tensor
+    settings: SynthesisSettings
+    execution: Execution
+    chunks: Sequence[int | None]
+
+    @property
+    def key(self) -> str:
+        """A hash of everything a task's result depends on: other settings never mix with these."""
+        how = self.execution
+        parts = {
+            "settings": asdict(self.settings),
+            "teachers": [t.sha256 for t in self.teachers],
+            "base": hashlib.sha256(self.base.numpy().data).hexdigest(),
+            "how": [how.precision, how.engine, how.backend, device_of(self.teachers).type],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    def path(self, folder: Path, batch: TaskBatch, index: int) -> Path:
+        """Where a task's result lies in a run's folder."""
+        part = f"-classes-{batch.first_class:04d}" if self.plan.optimise == "images" else ""
+        name = f"{batch.teacher}-{self.plan.teachers[batch.teacher]}-{index:04d}{part}.safetensors"
+        return folder / "tasks" / self.key / name
+
+
+def synthesise(work: Synthesis, folder: Path, wanted: range) -> Results | None:
+    """Solves the plan's tasks, each saved below `folder` the moment it is done; tasks already there are read back.
+
+    wanted: the task indices to solve here.
+    Returns the results, or None when tasks outside `wanted` are still missing. Raises
     InferFastError naming the tasks whose loss became NaN or infinite.
     """
-    tasks = folder / "tasks" / _task_key(teachers, base, settings, how.resolved(device_of(teachers)))
+    plan = work.plan
+    paths = {
+        (batch.teacher, index, batch.first_class): work.path(folder, batch, index)
+        for batch in plan.batches
+        for index in batch.indices
+    }
     failed: list[str] = []
     solver = None
     with stage("synthesis", plan.tasks * plan.iterations, "task iterations") as running:
         for batch in plan.batches:
-            paths = [_task_path(tasks, plan, batch, index) for index in batch.indices]
-            if all(p.is_file() for p in paths) or not any(index in wanted for index in batch.indices):
-                running.advance(len(paths) * plan.iterations)
+            own = [paths[batch.teacher, index, batch.first_class] for index in batch.indices]
+            if all(p.is_file() for p in own) or not any(index in wanted for index in batch.indices):
+                running.advance(len(own) * plan.iterations)
                 continue
-            teacher = teachers[batch.teacher]
-            if solver is None or solver.teacher is not teacher.network:
+            if solver is None or solver.teacher is not work.teachers[batch.teacher].network:
                 solver = None  # what it holds on the device goes first
-                solver = _solver(teacher, settings, how, chunks[batch.teacher], plan.size)
-            failed += _solve_batch(batch, paths, solver, teacher.name, base, running.advance)
+                solver = _solver(work, batch.teacher)
+            failed += _solve_batch(work, batch, own, solver, running.advance)
     if failed:
         raise InferFastError(
             f"The loss became NaN or infinite in {', '.join(failed)}: lower --lr or --r-bn; the other tasks are saved."
         )
-    found = {
-        (batch.teacher, index, batch.first_class): path
-        for batch in plan.batches
-        for index in batch.indices
-        if (path := _task_path(tasks, plan, batch, index)).is_file()
-    }
-    if len(found) < plan.tasks:
-        return None
-    return {key: TaskResult(path) for key, path in found.items()}
+    found = {key: TaskResult(path) for key, path in paths.items() if path.is_file()}
+    return found if len(found) == plan.tasks else None
 
 
-def _solver(
-    teacher: Teacher, settings: SynthesisSettings, how: How, chunk: int | None, size: tuple[int, int]
-) -> Solver:
-    small = max(size) <= SMALL_IMAGE  # the layer that is left out is one that only the CIFAR form has
+def _solver(work: Synthesis, position: int) -> Solver:
+    teacher, settings = work.teachers[position], work.settings
+    small = max(work.plan.size) <= SMALL_IMAGE  # the layer that is left out is one that only the CIFAR form has
     skipped = SKIPPED_BATCHNORMS.get(teacher.name, ()) if small else ()
-    return Solver(
-        teacher.network,
-        settings=replace(settings, skip_bn=(*settings.skip_bn, *skipped)),
-        backend=None if how.backend == "auto" else how.backend,
-        engine=how.engine,
-        precision=how.precision,
-        chunk=chunk,
-    )
+    settings = replace(settings, skip_bn=(*settings.skip_bn, *skipped))
+    return Solver(teacher.network, settings=settings, execution=work.execution, chunk=work.chunks[position])
 
 
 def _solve_batch(
-    batch: TaskBatch,
-    paths: list[Path],
-    solver: Solver,
-    name: str,
-    base: torch.Tensor,
-    advance: Callable[[float], None],
+    work: Synthesis, batch: TaskBatch, paths: list[Path], solver: Solver, advance: Callable[[float], None]
 ) -> list[str]:
     """Solves one batch of lanes and saves each lane's result; returns a sentence part for each lane that diverged."""
-    settings, device = solver.settings, next(solver.teacher.parameters()).device
+    settings, device, name = work.settings, device_of(work.teachers), work.teachers[batch.teacher].name
     classes = torch.arange(batch.first_class, batch.last_class)
     losses: list[list[float]] = [[] for _ in batch.indices]
     furthest = [0 for _ in batch.indices]  # a lane that ran out of memory starts anew
@@ -147,14 +138,14 @@ def _solve_batch(
     failures: dict[int, int] = {}
     try:
         result = solver.solve(
-            _start(batch, classes, base, settings).to(device),
+            _start(work, batch, classes).to(device),
             draw_views(
                 settings.seed,
                 batch.teacher,
                 list(batch.indices),
                 iterations=settings.iterations,
                 jitter=settings.jitter,
-                size=tuple(base.shape[-2:]),
+                size=work.plan.size,
             ),
             classes.to(device),
             on_iteration,
@@ -169,8 +160,9 @@ def _solve_batch(
     ]
 
 
-def _start(batch: TaskBatch, classes: torch.Tensor, base: torch.Tensor, settings: SynthesisSettings) -> torch.Tensor:
+def _start(work: Synthesis, batch: TaskBatch, classes: torch.Tensor) -> torch.Tensor:
     """The normalised images (L, C', 3, H, W) that the batch's lanes start from."""
+    base, settings = work.base, work.settings
     if settings.optimise == "images" and settings.start == "noise":
         shape = (base.shape[0], *base.shape[2:])
         lanes = [
@@ -182,9 +174,7 @@ def _start(batch: TaskBatch, classes: torch.Tensor, base: torch.Tensor, settings
     return pixels_of(settings).normalise(images)
 
 
-def assemble(
-    plan: Plan, base: torch.Tensor, results: dict[tuple[int, int, int], TaskResult], dataset: ImageDataset
-) -> DistilledSet:
+def assemble(plan: Plan, base: torch.Tensor, results: Results, dataset: ImageDataset) -> DistilledSet:
     """The distilled set of solved tasks, with labels still zero; in image mode one task is in memory at a time."""
     if plan.optimise == "images":
         stored, compensators = torch.empty(plan.classes, plan.k, *base.shape[2:], dtype=torch.uint8), None
@@ -199,19 +189,3 @@ def assemble(
     views = 1 if compensators is None else 1 + len(plan.teachers)
     logits = torch.zeros(plan.classes, plan.k, views, plan.classes, dtype=torch.float16)
     return DistilledSet(stored, compensators, logits, dataset.pixels, dataset.classes)
-
-
-def _task_key(teachers: list[Teacher], base: torch.Tensor, settings: SynthesisSettings, how: dict[str, str]) -> str:
-    """A hash of everything a task's result depends on: other settings never mix with these."""
-    parts = {
-        "settings": asdict(settings),
-        "teachers": [t.sha256 for t in teachers],
-        "base": hashlib.sha256(base.numpy().data).hexdigest(),
-        "how": list(how.values()),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _task_path(folder: Path, plan: Plan, batch: TaskBatch, index: int) -> Path:
-    chunk = f"-classes-{batch.first_class:04d}" if plan.optimise == "images" else ""
-    return folder / f"{batch.teacher}-{plan.teachers[batch.teacher]}-{index:04d}{chunk}.safetensors"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from infer_fast import cli
 from infer_fast.data.augment import augmentation_of
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.fkd import epoch_bytes
@@ -18,16 +17,11 @@ from infer_fast.data.images import ImageDataset
 from infer_fast.models import MatchedTeacher, build
 from infer_fast.recipes import DATASETS, RECIPES, Recipe, StudentSettings
 from infer_fast.squeeze import Teacher
+from infer_fast.students.candidates import DISTILLED, epochs_of, kinds
+from infer_fast.synthesis.memory import Room
 from infer_fast.synthesis.plan import Plan, make_plan
 
-
-class Room(NamedTuple):
-    """Of each teacher: tasks side by side, and images of a task in one pass (None: all). Kept with the run, so that it
-    goes on as it began whatever the free memory is then; made_for: what it depends on."""
-
-    lanes: list[int]
-    chunks: list[int | None]
-    made_for: list
+PROBE = 8  # images that are timed
 
 
 def describe(plan: Plan, dataset: ImageDataset, room: Room, seconds: dict[str, float]) -> str:
@@ -50,46 +44,66 @@ def describe(plan: Plan, dataset: ImageDataset, room: Room, seconds: dict[str, f
         f"images     {plan.image_bytes:,} bytes of a budget of {plan.budget_bytes:,} ({share:.1f} %; "
         f"{whole / plan.image_bytes:.1f} times smaller than the training split)",
         f"labels     {plan.label_bytes:,} bytes of soft labels",
-        f"estimate   {spent} on {cli.device().type}",
+        f"estimate   {spent} on {dataset.device.type}",
     ]
     return "\n".join(lines)
 
 
 def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, float]:
     """Seconds each stage will take, from one small timed batch per network, scaled by the number of images."""
-    device = cli.device()
-    images = torch.randn(8, 3, *plan.size, device=device)
-
-    def seconds_per_image(step: Callable[[], torch.Tensor]) -> float:
-        step().sum().backward()  # the first run pays for set-up
-        began = time.perf_counter()
-        step().sum().item()
-        step().sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / len(images) / 1.3  # one forward too many
-
-    squeezing = synthesis = 0.0
-    for name in plan.teachers:
+    device = dataset.device
+    images = torch.randn(PROBE, 3, *plan.size, device=device)
+    squeezing = synthesis = labelling = 0.0  # labelling: of one image by all teachers
+    for position, name in enumerate(plan.teachers):
         network = build(name, plan.classes, plan.size, seed=0).to(device)
-        training = seconds_per_image(lambda network=network: network(images))
         if recipe.arch_weights is None:
-            squeezing += training * recipe.squeeze.epochs * len(dataset.train)
-        matched = MatchedTeacher(network)
-        inputs = images.clone().requires_grad_(True)
-        matching = seconds_per_image(lambda matched=matched, inputs=inputs: sum(t.sum() for t in matched(inputs)))
-        batches = [b for b in plan.batches if plan.teachers[b.teacher] == name]
+            squeezing += _training_seconds(network, images) * recipe.squeeze.epochs * len(dataset.train)
+        matched, inputs = MatchedTeacher(network), images.clone().requires_grad_(True)
+        matching = _timed(lambda matched=matched, inputs=inputs: _backward(*matched(inputs)), device)
+        batches = [b for b in plan.batches if b.teacher == position]
         synthesis += matching * plan.iterations * sum(len(b.indices) * (b.last_class - b.first_class) for b in batches)
-    students = {"none": 1, "random": 2, "all": 5}[recipe.compare] * recipe.seeds
+        network.eval()
+        with torch.no_grad():
+            labelling += _timed(lambda network=network: network(images), device)
     validation = 0.0
     for name in recipe.student.networks:
         network = build(name, plan.classes, plan.size, seed=0).to(device)
-        training = seconds_per_image(lambda network=network: network(images))
-        validation += students * training * recipe.student.epochs * plan.instances
+        validation += _validation_seconds(plan, recipe, _training_seconds(network, images), labelling)
     return {"squeeze": squeezing, "synthesis": synthesis, "validate": validation}
 
 
-def weights(distilled: DistilledSet, teachers: list[Teacher], student: StudentSettings, whole: int) -> str:
+def _validation_seconds(plan: Plan, recipe: Recipe, training: float, labelling: float) -> float:
+    """Of one network's rows; training, labelling: seconds of an image."""
+    student, total = recipe.student, 0.0
+    for kind in kinds(recipe.compare, student.labels):
+        images = epochs_of(kind, student, len(plan.teachers)) * plan.instances
+        total += recipe.seeds * images * training
+        if kind == (DISTILLED, "fkd"):
+            total += images * labelling  # stored once, replayed for every seed
+        elif kind.labels in ("dynamic", "fkd"):
+            total += recipe.seeds * images * labelling
+    return total
+
+
+def _training_seconds(network: nn.Module, images: torch.Tensor) -> float:
+    return _timed(lambda: _backward(network(images)), images.device)
+
+
+def _backward(*outputs: torch.Tensor) -> None:
+    torch.stack([output.sum() for output in outputs]).sum().backward()
+
+
+def _timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one of PROBE images; the first run pays for set-up."""
+    step()
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / PROBE
+
+
+def byte_table(distilled: DistilledSet, teachers: list[Teacher], student: StudentSettings, whole: int) -> str:
     """What a distilled set weighs, part by part, in bytes and as a share of the training images (`whole`; 0: unknown).
 
     Dynamic labels weigh what the teachers weigh. FKD (arXiv 2112.01528) stores the logits, crops, flips and mixes of

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,12 @@ from torch import nn
 
 from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
+from infer_fast.extras import require
 from infer_fast.files import write_atomically
 from infer_fast.models.train import predict
+from infer_fast.progress import stage
+from infer_fast.students.candidates import Evaluation, candidates
+from infer_fast.students.training import train_student
 
 CLASSES, EACH = 10, 60  # at most so many classes, and test images of each
 PERPLEXITY = 30.0
@@ -38,8 +43,24 @@ def features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(seen).flatten(1)
 
 
+def picture(evaluation: Evaluation, path: Path) -> Path:
+    """Trains a student on the distilled set and one on random real images of its bytes, and draws what both see."""
+    settings = replace(evaluation.settings, labels=("static",))
+    evaluation = replace(evaluation, settings=settings, compare="random")
+    pair, networks = candidates(evaluation), {}
+    with stage("t-SNE", sum(c.updates for c in pair), "updates") as running:
+        for candidate in pair:
+            source = candidate.source(evaluation.seed)
+            network, along = train_student(
+                candidate, source, evaluation, settings.networks[0], evaluation.seed, running
+            )
+            networks[f"trained on {candidate.trained_on}, {candidate.labels}: {along[-1][0]:.1f} %"] = network
+    return draw(networks, evaluation.dataset, path, evaluation.seed)
+
+
 def draw(networks: Mapping[str, nn.Module], dataset: ImageDataset, path: Path, seed: int = 0) -> Path:
     """One panel for each named network: the first classes' test images in two dimensions, as a PNG at `path`."""
+    require("matplotlib", "The t-SNE picture")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,7 +69,7 @@ def draw(networks: Mapping[str, nn.Module], dataset: ImageDataset, path: Path, s
 
     shown = range(min(CLASSES, len(dataset.classes)))
     positions = torch.cat([torch.nonzero(dataset.test.labels == c).flatten()[:EACH] for c in shown])
-    images = dataset.pixels.normalise(dataset.test.images[positions])
+    images = dataset.pixels.normalise(dataset.test.at(positions))
     labels = dataset.test.labels[positions].cpu().numpy()
     perplexity = min(PERPLEXITY, (len(positions) - 1) / 3)
     figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 5), squeeze=False)

@@ -1,0 +1,1 @@
+"""Students: what they can be trained on, their training, their labels and their results."""

@@ -1,0 +1,95 @@
+"""How good students got: kept one by one, shown as a table, logged."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from infer_fast.data.card import Row
+from infer_fast.extras import require
+from infer_fast.files import read_json, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished student: the training instances it had; test accuracy in percent after the last epoch, the best along
+    the way, and top-5 after the last epoch."""
+
+    instances: int
+    last: float
+    best: float
+    top5: float
+
+
+class ResultStore:
+    """Finished students in one JSON file, so that an interrupted validation goes on where it stopped."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.values: dict[str, dict] = read_json(path) if path is not None and path.is_file() else {}
+
+    def get(self, key: str) -> Measured | None:
+        """The student of that key, or None."""
+        return Measured(**self.values[key]) if key in self.values else None
+
+    def put(self, key: str, value: Measured) -> None:
+        """Keeps a student, on the disk too if there is a path."""
+        self.values[key] = asdict(value)
+        if self.path is not None:
+            write_json(self.path, self.values)
+
+
+def table(rows: Sequence[Row], whole_bytes: int) -> str:
+    """The rows as a Markdown table; whole_bytes: the training split's images, what shares are taken of (0: unknown)."""
+    seeds = len(rows[0].last)
+    head = [
+        "| student | trained on | labels | instances | updates | images, bytes | labels, bytes "
+        f"| accuracy % (mean ± std, n={seeds}) | best % | top-5 % |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    body = [
+        f"| {r.network} | {r.trained_on} | {r.labels} | {r.instances:,} | {r.updates:,} "
+        f"| {r.image_bytes:,}{_share(r.image_bytes, whole_bytes)} | {r.label_bytes:,} "
+        f"| {r.mean:.2f} ± {r.std:.2f} | {statistics.fmean(r.best):.2f} | {statistics.fmean(r.top5):.2f} |"
+        for r in rows
+    ]
+    return "\n".join(head + body)
+
+
+def _share(part: int, whole: int) -> str:
+    return f" ({100 * part / whole:.3g} %)" if whole else ""
+
+
+def write_results(folder: Path, text: str, rows: Sequence[Row]) -> None:
+    """Writes table.md and results.json into `folder`."""
+    write_text(folder / "table.md", text + "\n")
+    write_json(folder / "results.json", {"rows": [asdict(r) for r in rows]})
+
+
+@dataclass(frozen=True)
+class WandbRun:
+    """A run of Weights & Biases: its name (None: nothing is logged), its project, the key to log in with."""
+
+    name: str | None = None
+    project: str = "infer_fast"
+    key: str | None = None
+
+    def check(self) -> None:
+        """Raises InferFastError if a run is asked for and the package is not there: before the work."""
+        if self.name is not None:
+            require("wandb", "--wandb-name")
+
+    def log(self, rows: Sequence[Row]) -> None:
+        """Each row's accuracies as one step of the run."""
+        if self.name is None:
+            return
+        import wandb
+
+        if self.key is not None:
+            wandb.login(key=self.key)
+        wandb.init(project=self.project, name=self.name)
+        for row in rows:
+            wandb.log({**asdict(row), "accuracy": row.mean, "std": row.std})
+        wandb.finish()
