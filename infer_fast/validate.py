@@ -97,8 +97,8 @@ def validate(evaluation: Evaluation) -> list[Row]:
     settings, seeds = evaluation.settings, evaluation.seeds
     if seeds < 1:
         raise InferFastError(f"{seeds} seeds were asked for: at least 1 is needed.")
-    replayed = _stored_labels(evaluation) if "fkd" in settings.labels else None
     check_students(settings, len(evaluation.dataset.classes), evaluation.dataset.size)
+    replayed = _stored_labels(evaluation) if "fkd" in settings.labels else None
     made = candidates(evaluation, replayed)
     results = ResultStore(evaluation.store)
     rows = []
