@@ -7,7 +7,7 @@ install goes on and says so; the package then runs on its PyTorch backend.
 import sys
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # OpenMP on Linux, where torch brings libgomp: our loops then run on torch's own threads. std::thread elsewhere.
 THREADS = ["-fopenmp"] if sys.platform == "linux" else ["-pthread"]
@@ -43,14 +43,8 @@ class OptionalBuildExt(build_ext):
 
 
 setup(
-    packages=[
-        "infer_fast",
-        "infer_fast.data",
-        "infer_fast.kernels",
-        "infer_fast.models",
-        "infer_fast.ops",
-        "infer_fast.synthesis",
-    ],
+    # The kernels lie beside the package and are installed inside it.
+    packages=[*find_packages(include=["infer_fast", "infer_fast.*"]), "infer_fast.kernels"],
     package_dir={"infer_fast.kernels": "kernels"},
     ext_modules=[
         Pybind11Extension(
