@@ -23,7 +23,7 @@ bench: $(READY)
 
 $(READY): setup.py pyproject.toml $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[all,test,dev]'
 	touch $(READY)
 
 clean:
