@@ -16,6 +16,8 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
 
 bench: $(READY)
 	$(BIN)/python -m bench.ops --quick
@@ -27,4 +29,4 @@ $(READY): setup.py pyproject.toml $(wildcard csrc/*)
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info infer_fast/_native*.so
+	rm -rf $(VENV) build dist *.egg-info infer_fast/_native*.so .mypy_cache .pytest_cache .ruff_cache
