@@ -1,17 +1,22 @@
 # make distill   sets everything up and runs the main job (ARGS="fashion-mnist --data-path DIR" for another)
 # make test      sets everything up and runs the tests
+# make quick     the tests that take a moment
+# make lint      ruff, mypy and clang-format, in the versions that pyproject.toml pins
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: distill test lint bench clean
+.PHONY: distill test quick lint bench clean
 
 distill: $(READY)
 	$(BIN)/python -m infer_fast.distill $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+quick: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
