@@ -1,13 +1,14 @@
-# make distill   sets everything up and runs the main job (ARGS="fashion-mnist --data-path DIR" for another)
-# make test      sets everything up and runs the tests
-# make quick     the tests that take a moment
-# make lint      ruff, mypy and clang-format, in the versions that pyproject.toml pins
+# make distill    sets everything up and runs the main job (ARGS="fashion-mnist --data-path DIR" for another)
+# make test       sets everything up and runs the tests
+# make quick      the tests that take a moment
+# make lint       ruff, mypy and clang-format, in the versions that pyproject.toml pins
+# make packages   builds sdist and wheel and tries them away from the checkout
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: distill test quick lint bench clean
+.PHONY: distill test quick lint packages bench clean
 
 distill: $(READY)
 	$(BIN)/python -m infer_fast.distill $(ARGS)
@@ -23,6 +24,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+packages: $(READY)
+	.ci/packages $(BIN)/python
 
 bench: $(READY)
 	$(BIN)/python -m bench.ops --quick
