@@ -49,8 +49,22 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "infer_fast._native",
-            ["csrc/bindings.cpp", "csrc/bn_match.cpp", "csrc/compose.cpp", "csrc/perturb.cpp"],
-            depends=["csrc/ops.h", "csrc/bn_match_kernels.h", "csrc/bn_match_target.h"],
+            [
+                "csrc/bindings.cpp",
+                "csrc/bn_match.cpp",
+                "csrc/bn_match_cut.cpp",
+                "csrc/bn_match_statistics.cpp",
+                "csrc/compose.cpp",
+                "csrc/perturb.cpp",
+            ],
+            depends=[
+                "csrc/bn_match_cut.h",
+                "csrc/bn_match_kernels.h",
+                "csrc/bn_match_memory.h",
+                "csrc/bn_match_statistics.h",
+                "csrc/bn_match_target.h",
+                "csrc/ops.h",
+            ],
             cxx_std=17,
             extra_compile_args=["-O3", "-fno-trapping-math", *THREADS],
             extra_link_args=THREADS,
