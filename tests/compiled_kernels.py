@@ -1,0 +1,133 @@
+"""Compiles every Triton kernel for Hopper, in forms that its launcher asks for; needs no GPU.
+
+    TRITON_CACHE_DIR=... python -m tests.compiled_kernels    # fails where a kernel spills a register or lacks vectors
+
+Its own program, for Triton must not have been imported with TRITON_INTERPRET set.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from infer_fast.kernels import bn_match, compose, perturb
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # comes with Triton
+HOPPER = GPUTarget("cuda", 90, 32)
+LOADS, STORES = "ld.global.v4", "st.global.v4"  # 16 bytes at a time
+FLOATS, BYTES, LONGS = "*fp32", "*u8", "*i64"
+
+
+class Form(NamedTuple):
+    """A kernel as a launcher asks for it: the types of pointers and numbers (int32 where not named), constants."""
+
+    kernel: object
+    pointers: dict[str, str]
+    numbers: dict[str, str]
+    constants: dict[str, object]
+    warps: int = 4
+    wide: tuple[str, ...] = ()  # instructions that must be there
+
+
+def bn_match_passes() -> Iterator[Form]:
+    names = ("weight", "bias", "running_mean", "running_var", "partial", "coefficients")
+    vectors = dict.fromkeys(names, FLOATS)
+    for dtype, rows, activation, residual in [
+        ("*bf16", True, 1, True),
+        ("*bf16", False, 1, True),
+        ("*fp32", True, 3, False),
+        ("*fp32", False, 2, True),
+        ("*fp16", True, 3, True),
+        ("*bf16", True, 0, False),
+    ]:
+        tensors = dict.fromkeys(("x", "residual", "y", "grad_y", "grad_x", "grad_residual"), dtype)
+        constants = {
+            "ACTIVATION": activation,
+            "RESIDUAL": residual,
+            "MASK": residual and activation in (1, 2),
+            "WEIGHT": True,
+            "BIAS": True,
+            "ROWS": rows,
+            "BLOCK": 64,
+            "TILE": 2048,
+        }
+        for kernel in (bn_match._forward, bn_match._backward):
+            pointers = tensors | vectors | {"mask": BYTES}
+            yield Form(kernel, pointers, {"eps": "fp32"}, constants, wide=(LOADS, STORES))
+
+
+def bn_match_sums() -> Iterator[Form]:
+    names = ("partial", "running_var", "mean", "var", "norms", "penalty", "grad_penalty", "coefficients")
+    pointers = dict.fromkeys(names, FLOATS)
+    tile = {"SPLITS": bn_match.SPLITS, "BLOCK": bn_match.CHANNELS}
+    for kernel, constants in (
+        (bn_match._finish, tile | {"WHOLE": True}),
+        (bn_match._finish, tile | {"WHOLE": False}),
+        (bn_match._penalty, {"BLOCK": 32}),
+        (bn_match._coefficients, {"BLOCK": 1024}),
+    ):
+        yield Form(kernel, pointers, {"count": "fp32", "r_var": "fp32"}, constants)
+
+
+def perturb_steps() -> Iterator[Form]:
+    tables = dict.fromkeys(("params", "grads", "owners", "starts", "sizes"), LONGS)
+    pointers = tables | {"partial": FLOATS}
+    for kind in (triton.language.float32, triton.language.bfloat16):
+        aligned = kind == triton.language.float32
+        constants = {"KIND": kind, "ALIGNED": aligned, "CHUNK": perturb.CHUNK}
+        for kernel, wide in ((perturb._squares, (LOADS,)), (perturb._step, (LOADS, STORES))):
+            numbers = {"rho": "fp32", "tiny": "fp32"}
+            yield Form(kernel, pointers, numbers, constants, perturb.WARPS, wide if aligned else ())
+
+
+def compose_batches() -> Iterator[Form]:
+    types = {
+        LONGS: ("base_index", "compensator_index", "shift", "partner"),
+        BYTES: ("base", "values", "flip"),
+        FLOATS: ("scale", "offset", "lam", "statistics"),
+        "*bf16": ("out",),
+    }
+    pointers = {name: kind for kind, names in types.items() for name in names}
+    for flag in (True, False):
+        constants = dict.fromkeys(["COMPENSATED", "SHIFTED", "FLIPPED", "MIXED"], flag) | {"BLOCK": compose.BLOCK}
+        yield Form(compose._compose, pointers, {}, constants)
+
+
+def check(form: Form, folder: Path) -> None:
+    """Compiles a form; fails where an instruction that must be there is not, or registers are spilled."""
+    fn = form.kernel if isinstance(form.kernel, triton.runtime.JITFunction) else form.kernel.fn  # autotuned
+    signature, values, known = {}, {}, {}
+    for position, name in enumerate(fn.arg_names):
+        if name in form.constants:
+            signature[name], values[(position,)] = "constexpr", form.constants[name]
+        else:
+            signature[name] = form.pointers.get(name) or form.numbers.get(name, "i32")
+            if name in form.pointers or name in ("channels", "plane"):  # as a launch finds them, but for odd shapes
+                known[(position,)] = [["tt.divisibility", 16]]
+    built = triton.compile(
+        ASTSource(fn, signature=signature, constexprs=values, attrs=known),
+        target=HOPPER,
+        options={"num_warps": form.warps},
+    )
+    said = f"{fn.__name__} {form.constants}"
+    assert built.asm["cubin"], said
+    for access in form.wide:
+        assert access in built.asm["ptx"], f"{said} has no {access}"
+    if DISASSEMBLER.is_file():
+        binary = folder / "kernel.cubin"
+        binary.write_bytes(built.asm["cubin"])
+        told = subprocess.check_output([DISASSEMBLER, "--dump-resource-usage", binary], text=True)
+        assert " STACK:0 " in told, f"{said} spills registers: {told}"
+
+
+if __name__ == "__main__":
+    forms = [*bn_match_passes(), *bn_match_sums(), *perturb_steps(), *compose_batches()]
+    for form in forms:
+        check(form, Path(os.environ["TRITON_CACHE_DIR"]))
+    print(len(forms), "kernels")
