@@ -20,48 +20,72 @@ TINY = 1e-12
 
 
 @triton.jit
-def _elements(addresses, owners, starts, KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
-    """Pointers to the elements of this program's chunk; told of their alignment, Triton takes 16 bytes at a time."""
+def _elements(addresses_ptr, owners_ptr, starts_ptr, KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    """Pointers to the elements of this program's chunk; told of their alignment, Triton takes 16 bytes at a time.
+
+    addresses_ptr           pointer, int64 (tensors,)   where each tensor begins in memory
+    owners_ptr, starts_ptr  pointers, int64 (chunks,)   as _step's, and so are the capitals
+    """
     chunk = tl.program_id(0)
-    first = tl.load(addresses + tl.load(owners + chunk)).to(tl.pointer_type(KIND)) + tl.load(starts + chunk)
+    first = tl.load(addresses_ptr + tl.load(owners_ptr + chunk)).to(tl.pointer_type(KIND)) + tl.load(starts_ptr + chunk)
     if ALIGNED:
         first = tl.multiple_of(first, 16)
     return first + tl.arange(0, CHUNK)
 
 
 @triton.jit
-def _left(owners, starts, sizes):
-    """Elements from this program's chunk on to the end of its tensor: a whole chunk needs no mask."""
+def _left(owners_ptr, starts_ptr, sizes_ptr):
+    """Elements from this program's chunk on to the end of its tensor: a whole chunk needs no mask.
+
+    owners_ptr, starts_ptr, sizes_ptr   as _step's
+    """
     chunk = tl.program_id(0)
-    return tl.load(sizes + tl.load(owners + chunk)) - tl.load(starts + chunk)
+    return tl.load(sizes_ptr + tl.load(owners_ptr + chunk)) - tl.load(starts_ptr + chunk)
 
 
 @triton.jit
 def _squares(
-    grads, owners, starts, sizes, partial, KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+    grads_ptr, owners_ptr, starts_ptr, sizes_ptr, partial_ptr,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    g = _elements(grads, owners, starts, KIND, ALIGNED, CHUNK)
-    left = _left(owners, starts, sizes)
+    """The sum of the squares of one chunk of the gradients, float32; arguments as _step's.
+
+    partial_ptr   pointer, float32 (chunks,)   out
+    """
+    g = _elements(grads_ptr, owners_ptr, starts_ptr, KIND, ALIGNED, CHUNK)
+    left = _left(owners_ptr, starts_ptr, sizes_ptr)
     if left >= CHUNK:
         value = tl.load(g).to(tl.float32)
     else:
         value = tl.load(g, mask=tl.arange(0, CHUNK) < left, other=0.0).to(tl.float32)
-    tl.store(partial + tl.program_id(0), tl.sum(value * value))
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(value * value))
 
 
 @triton.jit
 def _step(
-    params, grads, owners, starts, sizes, partial, chunks, rho, tiny,
+    params_ptr, grads_ptr, owners_ptr, starts_ptr, sizes_ptr, partial_ptr, chunks, rho, tiny,
     KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """One chunk of theta += rho * g / (||g||_2 + tiny), the norm over all chunks (DWA, arXiv 2409.17612, eq. 7).
+
+    params_ptr, grads_ptr   pointers, int64 (tensors,)   where each tensor begins in memory
+    owners_ptr, starts_ptr  pointers, int64 (chunks,)    each chunk's tensor, and its first element there
+    sizes_ptr               pointer, int64 (tensors,)    elements of each tensor
+    partial_ptr             pointer, float32 (chunks,)   sums of squares, as _squares writes them
+    chunks                  number                       how many, in all tensors together
+    rho, tiny               numbers, float32             length of the step; what keeps 0/0 away
+    KIND                    the elements' type: float32, bfloat16 or float16
+    ALIGNED                 whether every tensor begins at a multiple of 16 bytes
+    CHUNK                   elements of a chunk
+    """
     total = tl.zeros((1024,), tl.float32)
     for begin in range(0, chunks, 1024):
         at = begin + tl.arange(0, 1024)
-        total += tl.load(partial + at, mask=at < chunks, other=0.0)
+        total += tl.load(partial_ptr + at, mask=at < chunks, other=0.0)
     factor = rho / (tl.sqrt_rn(tl.sum(total)) + tiny)
-    p = _elements(params, owners, starts, KIND, ALIGNED, CHUNK)
-    g = _elements(grads, owners, starts, KIND, ALIGNED, CHUNK)
-    left = _left(owners, starts, sizes)
+    p = _elements(params_ptr, owners_ptr, starts_ptr, KIND, ALIGNED, CHUNK)
+    g = _elements(grads_ptr, owners_ptr, starts_ptr, KIND, ALIGNED, CHUNK)
+    left = _left(owners_ptr, starts_ptr, sizes_ptr)
     if left >= CHUNK:
         tl.store(p, (tl.load(p).to(tl.float32) + factor * tl.load(g).to(tl.float32)).to(KIND))
     else:

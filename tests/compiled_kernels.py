@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from infer_fast.kernels import bn_match, compose, perturb
+from infer_fast.kernels import bn_match, bn_match_statistics, compose, perturb
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,7 +37,7 @@ class Form(NamedTuple):
 
 def bn_match_passes() -> Iterator[Form]:
     names = ("weight", "bias", "running_mean", "running_var", "partial", "coefficients")
-    vectors = dict.fromkeys(names, FLOATS)
+    vectors = {f"{name}_ptr": FLOATS for name in names}
     for dtype, rows, activation, residual in [
         ("*bf16", True, 1, True),
         ("*bf16", False, 1, True),
@@ -46,7 +46,7 @@ def bn_match_passes() -> Iterator[Form]:
         ("*fp16", True, 3, True),
         ("*bf16", True, 0, False),
     ]:
-        tensors = dict.fromkeys(("x", "residual", "y", "grad_y", "grad_x", "grad_residual"), dtype)
+        tensors = {f"{name}_ptr": dtype for name in ("x", "residual", "y", "grad_y", "grad_x", "grad_residual")}
         constants = {
             "ACTIVATION": activation,
             "RESIDUAL": residual,
@@ -58,26 +58,26 @@ def bn_match_passes() -> Iterator[Form]:
             "TILE": 2048,
         }
         for kernel in (bn_match._forward, bn_match._backward):
-            pointers = tensors | vectors | {"mask": BYTES}
+            pointers = tensors | vectors | {"mask_ptr": BYTES}
             yield Form(kernel, pointers, {"eps": "fp32"}, constants, wide=(LOADS, STORES))
 
 
 def bn_match_sums() -> Iterator[Form]:
     names = ("partial", "running_var", "mean", "var", "norms", "penalty", "grad_penalty", "coefficients")
-    pointers = dict.fromkeys(names, FLOATS)
-    tile = {"SPLITS": bn_match.SPLITS, "BLOCK": bn_match.CHANNELS}
+    pointers = {f"{name}_ptr": FLOATS for name in names}
+    tile = {"SPLITS": bn_match_statistics.SPLITS, "BLOCK": bn_match_statistics.CHANNELS}
     for kernel, constants in (
-        (bn_match._finish, tile | {"WHOLE": True}),
-        (bn_match._finish, tile | {"WHOLE": False}),
-        (bn_match._penalty, {"BLOCK": 32}),
-        (bn_match._coefficients, {"BLOCK": 1024}),
+        (bn_match_statistics._finish, tile | {"WHOLE": True}),
+        (bn_match_statistics._finish, tile | {"WHOLE": False}),
+        (bn_match_statistics._penalty, {"BLOCK": 32}),
+        (bn_match_statistics._coefficients, {"BLOCK": 1024}),
     ):
         yield Form(kernel, pointers, {"count": "fp32", "r_var": "fp32"}, constants)
 
 
 def perturb_steps() -> Iterator[Form]:
-    tables = dict.fromkeys(("params", "grads", "owners", "starts", "sizes"), LONGS)
-    pointers = tables | {"partial": FLOATS}
+    tables = {f"{name}_ptr": LONGS for name in ("params", "grads", "owners", "starts", "sizes")}
+    pointers = tables | {"partial_ptr": FLOATS}
     for kind in (triton.language.float32, triton.language.bfloat16):
         aligned = kind == triton.language.float32
         constants = {"KIND": kind, "ALIGNED": aligned, "CHUNK": perturb.CHUNK}
@@ -93,7 +93,7 @@ def compose_batches() -> Iterator[Form]:
         FLOATS: ("scale", "offset", "lam", "statistics"),
         "*bf16": ("out",),
     }
-    pointers = {name: kind for kind, names in types.items() for name in names}
+    pointers = {f"{name}_ptr": kind for kind, names in types.items() for name in names}
     for flag in (True, False):
         constants = dict.fromkeys(["COMPENSATED", "SHIFTED", "FLIPPED", "MIXED"], flag) | {"BLOCK": compose.BLOCK}
         yield Form(compose._compose, pointers, {}, constants)

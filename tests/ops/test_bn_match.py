@@ -302,7 +302,7 @@ def test_arguments_that_do_not_fit_are_named(generator):
 def test_partial_sums_add_up_to_statistics_and_penalty(
     generator, monkeypatch, device, most_whole, lanes, splits, channels
 ):
-    from infer_fast.kernels import bn_match as kernels
+    from infer_fast.kernels import bn_match_statistics as kernels
 
     monkeypatch.setattr(kernels, "MOST_WHOLE", most_whole)
     count, r_var = 1000.0 * splits, 2.5
@@ -311,7 +311,7 @@ def test_partial_sums_add_up_to_statistics_and_penalty(
     running_var = draw(generator, channels).abs()
     outputs = [torch.empty(shape, device=device) for shape in ((lanes, channels), (lanes, channels), (lanes,))]
     partial = torch.stack([sums, squares], 2).float().to(device)
-    kernels._add_up(partial, running_var.float().to(device), *outputs, count, r_var)
+    kernels.add_up(partial, running_var.float().to(device), *outputs, count, r_var)
     mean = sums.sum(1) / count
     var = (squares.sum(1) / count - mean**2).clamp(min=0)
     expected = mean, var, r_var * (var - running_var).norm(dim=1) + mean.norm(dim=1)
