@@ -61,29 +61,34 @@ void check_index(const char* name, const int64_t* index, int64_t count, int64_t 
                 std::to_string(low) + ".." + std::to_string(high - 1));
 }
 
-// base, base_index, compensators, scale, offset, compensator_index, shift, flip, lam, partner, out.
-void compose(const std::array<Buffer, 11>& b, bool out_is_bfloat16, int64_t batch, int64_t base_count,
+// The order in which compose takes its buffers.
+namespace compose_buffer {
+enum { base, base_index, compensators, scale, offset, compensator_index, shift, flip, lam, partner, out, count };
+}
+
+void compose(const std::array<Buffer, compose_buffer::count>& b, bool out_is_bfloat16, int64_t batch, int64_t base_count,
              int64_t compensator_count, int64_t height, int64_t width, std::array<float, 3> mean,
              std::array<float, 3> std, int threads) {
+  namespace at = compose_buffer;
   require(threads >= 1, "compose: threads must be at least 1");
   const int64_t image = product("compose", {3, height, width});
   ComposeArguments a{};
-  a.base = needed<const uint8_t>("compose: base", b[0], product("compose", {base_count, image}));
-  a.base_index = needed<const int64_t>("compose: base_index", b[1], product("compose", {batch}));
+  a.base = needed<const uint8_t>("compose: base", b[at::base], product("compose", {base_count, image}));
+  a.base_index = needed<const int64_t>("compose: base_index", b[at::base_index], product("compose", {batch}));
   a.compensators =
-      optional<const uint8_t>("compose: compensators", b[2], product("compose", {compensator_count, image}));
+      optional<const uint8_t>("compose: compensators", b[at::compensators], product("compose", {compensator_count, image}));
   if (a.compensators) {
     const int64_t channels = product("compose", {compensator_count, 3});
-    a.scale = needed<const float>("compose: scale", b[3], channels);
-    a.offset = needed<const float>("compose: offset", b[4], channels);
-    a.compensator_index = needed<const int64_t>("compose: compensator_index", b[5], batch);
+    a.scale = needed<const float>("compose: scale", b[at::scale], channels);
+    a.offset = needed<const float>("compose: offset", b[at::offset], channels);
+    a.compensator_index = needed<const int64_t>("compose: compensator_index", b[at::compensator_index], batch);
   }
-  a.shift = optional<const int64_t>("compose: shift", b[6], product("compose", {batch, 2}));
-  a.flip = optional<const bool>("compose: flip", b[7], batch);
-  a.lam = optional<const float>("compose: lam", b[8], batch);
-  a.partner = optional<const int64_t>("compose: partner", b[9], batch);
+  a.shift = optional<const int64_t>("compose: shift", b[at::shift], product("compose", {batch, 2}));
+  a.flip = optional<const bool>("compose: flip", b[at::flip], batch);
+  a.lam = optional<const float>("compose: lam", b[at::lam], batch);
+  a.partner = optional<const int64_t>("compose: partner", b[at::partner], batch);
   require((a.lam == nullptr) == (a.partner == nullptr), "compose: lam and partner go together");
-  a.out = needed<void>("compose: out", b[10], product("compose", {batch, image}), out_is_bfloat16 ? 2 : 4);
+  a.out = needed<void>("compose: out", b[at::out], product("compose", {batch, image}), out_is_bfloat16 ? 2 : 4);
   a.out_is_bfloat16 = out_is_bfloat16;
   a.batch = batch;
   a.base_count = base_count;
@@ -100,12 +105,18 @@ void compose(const std::array<Buffer, 11>& b, bool out_is_bfloat16, int64_t batc
   infer_fast::compose(a, threads);
 }
 
-// x, residual, weight, bias, running_mean, running_var, mean, var, mask, then forward: y, penalty;
-// backward: grad_y, grad_penalty, grad_x, grad_residual.
+// The order in which bn_match takes its buffers: first those of both passes, then each pass's own.
+namespace bn_match_buffer {
+enum { x, residual, weight, bias, running_mean, running_var, mean, var, mask, shared };
+enum { y = shared, penalty, forward_count };
+enum { grad_y = shared, grad_penalty, grad_x, grad_residual, backward_count };
+}  // namespace bn_match_buffer
+
 template <size_t count>
 BnMatchArguments bn_match_arguments(const std::array<Buffer, count>& b, double eps, double r_var, int64_t lanes,
                                     int64_t batch, int64_t channels, int64_t plane, bool is_bfloat16,
                                     bool channels_last, int activation, int threads) {
+  namespace at = bn_match_buffer;
   require(lanes >= 1, "bn_match: lanes must be at least 1");
   require(activation >= 0 && activation <= 3, "bn_match: activation must be 0..3");
   require(threads >= 1, "bn_match: threads must be at least 1");
@@ -122,15 +133,15 @@ BnMatchArguments bn_match_arguments(const std::array<Buffer, count>& b, double e
   a.activation = static_cast<infer_fast::Activation>(activation);
   a.eps = eps;
   a.r_var = r_var;
-  a.x = needed<const void>("bn_match: x", b[0], elements, size);
-  a.residual = optional<const void>("bn_match: residual", b[1], elements, size);
-  a.weight = optional<const float>("bn_match: weight", b[2], channels);
-  a.bias = optional<const float>("bn_match: bias", b[3], channels);
-  a.running_mean = needed<const float>("bn_match: running_mean", b[4], channels);
-  a.running_var = needed<const float>("bn_match: running_var", b[5], channels);
-  a.mean = needed<float>("bn_match: mean", b[6], statistics);
-  a.var = needed<float>("bn_match: var", b[7], statistics);
-  a.mask = optional<uint8_t>("bn_match: mask", b[8], infer_fast::bn_match_mask_bytes(a));
+  a.x = needed<const void>("bn_match: x", b[at::x], elements, size);
+  a.residual = optional<const void>("bn_match: residual", b[at::residual], elements, size);
+  a.weight = optional<const float>("bn_match: weight", b[at::weight], channels);
+  a.bias = optional<const float>("bn_match: bias", b[at::bias], channels);
+  a.running_mean = needed<const float>("bn_match: running_mean", b[at::running_mean], channels);
+  a.running_var = needed<const float>("bn_match: running_var", b[at::running_var], channels);
+  a.mean = needed<float>("bn_match: mean", b[at::mean], statistics);
+  a.var = needed<float>("bn_match: var", b[at::var], statistics);
+  a.mask = optional<uint8_t>("bn_match: mask", b[at::mask], infer_fast::bn_match_mask_bytes(a));
   return a;
 }
 
@@ -138,27 +149,29 @@ bool gates(const BnMatchArguments& a) {
   return a.activation == infer_fast::Activation::relu || a.activation == infer_fast::Activation::relu6;
 }
 
-void bn_match_forward(const std::array<Buffer, 11>& b, double eps, double r_var, int64_t lanes, int64_t batch,
+void bn_match_forward(const std::array<Buffer, bn_match_buffer::forward_count>& b, double eps, double r_var, int64_t lanes, int64_t batch,
                       int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last, int activation,
                       int threads) {
+  namespace at = bn_match_buffer;
   auto a = bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation,
                               threads);
-  a.y = needed<void>("bn_match: y", b[9], lanes * batch * channels * plane, is_bfloat16 ? 2 : 4);
-  a.penalty = needed<float>("bn_match: penalty", b[10], lanes);
+  a.y = needed<void>("bn_match: y", b[at::y], lanes * batch * channels * plane, is_bfloat16 ? 2 : 4);
+  a.penalty = needed<float>("bn_match: penalty", b[at::penalty], lanes);
   py::gil_scoped_release release;
   infer_fast::bn_match_forward(a, threads);
 }
 
-void bn_match_backward(const std::array<Buffer, 13>& b, double eps, double r_var, int64_t lanes, int64_t batch,
+void bn_match_backward(const std::array<Buffer, bn_match_buffer::backward_count>& b, double eps, double r_var, int64_t lanes, int64_t batch,
                        int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last, int activation,
                        int threads) {
+  namespace at = bn_match_buffer;
   auto a = bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation,
                               threads);
   const int64_t elements = lanes * batch * channels * plane, size = is_bfloat16 ? 2 : 4;
-  a.grad_y = needed<const void>("bn_match: grad_y", b[9], elements, size);
-  a.grad_penalty = needed<const float>("bn_match: grad_penalty", b[10], lanes);
-  a.grad_x = needed<void>("bn_match: grad_x", b[11], elements, size);
-  a.grad_residual = optional<void>("bn_match: grad_residual", b[12], elements, size);
+  a.grad_y = needed<const void>("bn_match: grad_y", b[at::grad_y], elements, size);
+  a.grad_penalty = needed<const float>("bn_match: grad_penalty", b[at::grad_penalty], lanes);
+  a.grad_x = needed<void>("bn_match: grad_x", b[at::grad_x], elements, size);
+  a.grad_residual = optional<void>("bn_match: grad_residual", b[at::grad_residual], elements, size);
   require(!a.grad_residual || !gates(a) || a.mask, "bn_match: a residual's backward with relu or relu6 needs the mask");
   require(!a.grad_residual || a.activation != infer_fast::Activation::silu || a.residual,
           "bn_match: a residual's backward with silu needs the residual");

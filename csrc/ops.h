@@ -18,8 +18,8 @@ struct bfloat16 {
 };
 
 // Runs body(part, begin, end) over equal ranges of [0, count), in fewer parts than `threads` if there is little to do;
-// the first part runs on this thread. With
-// OpenMP these are the very threads that torch uses (one libgomp in the process), so none compete for a core.
+// the first part runs on this thread. With OpenMP these are the very threads that torch uses (one libgomp in the
+// process), so none compete for a core.
 template <typename Body>
 void parallel_ranges(int64_t count, int threads, int64_t least_per_thread, const Body& body) {
   int64_t parts = least_per_thread > 1 ? count / least_per_thread : count;
@@ -29,7 +29,8 @@ void parallel_ranges(int64_t count, int threads, int64_t least_per_thread, const
     return;
   }
 #ifdef _OPENMP
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+  const int team = static_cast<int>(parts);
+#pragma omp parallel for num_threads(team) schedule(static, 1)
   for (int64_t p = 0; p < parts; ++p) body(p, count * p / parts, count * (p + 1) / parts);
 #else
   std::vector<std::thread> others;
