@@ -6,22 +6,47 @@ INFER_FAST_BACKEND forces one, and then it serves or fails loudly.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from infer_fast.errors import InferFastError
+from infer_fast.errors import InferFastError, InferFastWarning, first_line
 
 BACKENDS = ("reference", "native", "triton")
+EXTENSION = "infer_fast._native"
+NOT_BUILT = f"the extension {EXTENSION} was not built (reinstall where a C++17 compiler is found)"
 
 
-try:
-    from infer_fast import _native
-except ImportError:  # no compiler when it was installed: the reference serves
-    _native = None
+def _load() -> tuple[ModuleType | None, str]:
+    """(the extension, ""), or (None, why not). Whatever a broken build raises, the import goes on: native() says it."""
+    try:
+        return importlib.import_module(EXTENSION), ""
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError) or error.name != EXTENSION:
+            return None, _does_not_load(first_line(error))
+    others = [path.name for path in Path(__file__).parents[1].glob("_native.*")]
+    return None, _does_not_load(f"{others[0]} is another Python's") if others else NOT_BUILT
+
+
+def _does_not_load(reason: str) -> str:
+    return f"the extension {EXTENSION} does not load ({reason}): reinstall infer_fast"
+
+
+_native, _why_no_native = _load()
+_said: set[str] = set()
+
+
+def _say_once(sentence: str) -> None:
+    """Warns of what would otherwise only be slower; not while torch.compile traces, which can't go through that."""
+    if not torch.compiler.is_compiling() and sentence not in _said:
+        _said.add(sentence)
+        warnings.warn(sentence, InferFastWarning, stacklevel=2)
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -33,8 +58,18 @@ def interpreted() -> bool:
 
 
 def native() -> ModuleType | None:
-    """The compiled CPU backend, or None where it was not built."""
+    """The compiled CPU backend, or None where it was not built or, with a warning, does not load."""
+    if _native is None and _why_no_native != NOT_BUILT:
+        _say_once(f"CPU tensors take the reference, slower: {_why_no_native}.")
     return _native
+
+
+def compiled() -> ModuleType:
+    """native(), for an op that was told to use it."""
+    module = native()
+    if module is None:
+        raise InferFastError(f"The native backend can't serve: {_why_no_native or NOT_BUILT}.")
+    return module
 
 
 def buffer(tensor: torch.Tensor | None) -> tuple[int, int]:
@@ -51,7 +86,10 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None, dtypes: Mapping[s
     forced = backend or os.environ.get("INFER_FAST_BACKEND")
     if forced is None:
         default = {"cuda": "triton", "cpu": "native"}.get(tensor.device.type, "reference")
-        return default if why_not(op, tensor, default, dtypes) is None else "reference"
+        reason = why_not(op, tensor, default, dtypes)
+        if reason == NOT_BUILT:
+            _say_once(f"CPU tensors take the reference, slower: {NOT_BUILT}.")
+        return default if reason is None else "reference"
     if forced not in BACKENDS:
         raise InferFastError(f"{forced!r} is not a backend: choose one of {', '.join(BACKENDS)}.")
     reason = why_not(op, tensor, forced, dtypes)
@@ -72,7 +110,7 @@ def why_not(op: str, tensor: torch.Tensor, backend: str, dtypes: Mapping[str, tu
     if tensor.dtype not in dtypes[backend]:
         return f"it does not take {tensor.dtype}"
     if backend == "native" and native() is None:
-        return "the extension infer_fast._native was not built (reinstall where a C++17 compiler is found)"
+        return _why_no_native or NOT_BUILT
     if backend == "triton" and not HAS_TRITON:
         return "Triton is not installed"
     return None
