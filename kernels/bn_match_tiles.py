@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Positions in infer_fast.ops.bn_match.ACTIVATIONS.
+# As infer_fast.ops.bn_match_operator numbers them.
 NONE, RELU, RELU6, SILU = (tl.constexpr(position) for position in range(4))
 
 

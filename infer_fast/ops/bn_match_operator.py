@@ -1,0 +1,247 @@
+"""bn_match's registered operator, which the native and triton backends serve; see infer_fast.ops.bn_match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from infer_fast.ops.backend import buffer, compiled
+
+ACTIVATION_NUMBERS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3}  # what kernels and native code call them
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # y, penalty, mean, var, mask
+
+
+def _run_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    whole_mean: torch.Tensor | None,
+    whole_var: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    lanes: int,
+    r_var: float,
+    backend: str,
+) -> Outputs:
+    """(y, penalty (lanes,), mean - running_mean (lanes, C), biased var (lanes, C), mask uint8): native or triton.
+
+    All of x's own; whole_mean and whole_var only take the place of mean and var in backward.
+    """
+    parameters = (weight, bias, running_mean, running_var, eps)
+    outputs = _empty_outputs(x, residual, *parameters[:-1], None, None, eps, activation, lanes, r_var, backend)
+    if backend == "triton":
+        from infer_fast.kernels import bn_match as kernels
+
+        kernels.forward(x, residual, *parameters, ACTIVATION_NUMBERS[activation], lanes, r_var, outputs)
+        return outputs
+    y, penalty, mean, var, mask = outputs
+    tensors = (x, residual, weight, bias, running_mean, running_var, mean, var, _mask_or_none(mask), y, penalty)
+    compiled().bn_match_forward(*_native_arguments(tensors, x, eps, r_var, lanes, activation))
+    return outputs
+
+
+def _empty_outputs(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    whole_mean: torch.Tensor | None,
+    whole_var: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    lanes: int,
+    r_var: float,
+    backend: str,
+) -> Outputs:
+    """What _run_forward fills; by itself, its fake."""
+    c = x.shape[1]
+    mask = _mask_bytes(x, lanes, backend) if residual is not None and activation in ("relu", "relu6") else 0
+    penalty, mean, var = (x.new_empty(s, dtype=torch.float32) for s in ((lanes,), (lanes, c), (lanes, c)))
+    return torch.empty_like(x), penalty, mean, var, x.new_empty(mask, dtype=torch.uint8)
+
+
+def _run_backward(
+    grad_y: torch.Tensor,
+    grad_penalty: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    mask: torch.Tensor,
+    eps: float,
+    activation: str,
+    lanes: int,
+    r_var: float,
+    backend: str,
+    has_residual: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x and (empty without one) of the residual: native or triton."""
+    grad_y, grad_penalty = grad_y.to(x.dtype).contiguous(memory_format=dense_format(x)), grad_penalty.contiguous()
+    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if has_residual else x.new_empty(0)
+    outputs = grad_x, grad_residual if has_residual else None
+    parameters = (x, residual, weight, bias, running_mean, running_var, mean, var)
+    if backend == "triton":
+        from infer_fast.kernels import bn_match as kernels
+
+        kind = ACTIVATION_NUMBERS[activation]
+        kernels.backward(grad_y, grad_penalty, *parameters, mask, eps, kind, lanes, r_var, outputs)
+        return grad_x, grad_residual
+    tensors = (*parameters, _mask_or_none(mask), grad_y, grad_penalty, *outputs)
+    compiled().bn_match_backward(*_native_arguments(tensors, x, eps, r_var, lanes, activation))
+    return grad_x, grad_residual
+
+
+def _empty_gradients(
+    grad_y: torch.Tensor,
+    grad_penalty: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    mask: torch.Tensor,
+    eps: float,
+    activation: str,
+    lanes: int,
+    r_var: float,
+    backend: str,
+    has_residual: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """_run_backward's fake."""
+    return torch.empty_like(x), torch.empty_like(x) if has_residual else x.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    x, residual, weight, bias, running_mean, running_var, whole_mean, whole_var, eps, *rest = inputs
+    activation, lanes, r_var, backend = rest
+    _, _, own_mean, own_var, mask = output
+    mean, var = (own_mean, own_var) if whole_mean is None else (whole_mean, whole_var)
+    kept = residual if activation == "silu" else None  # relu's derivative is in the mask, none's is 1
+    ctx.save_for_backward(x, kept, weight, bias, running_mean, running_var, mean, var, mask)
+    ctx.rest = (eps, activation, lanes, r_var, backend, residual is not None)
+    ctx.mark_non_differentiable(own_mean, own_var, mask)
+    ctx.set_materialize_grads(False)  # else each backward fills zeros for the three that have no gradient
+
+
+def _gradients(
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    ctx: Any,
+    grad_y: torch.Tensor | None,
+    grad_penalty: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """What autograd takes for the forward's inputs; a gradient that did not come is zero."""
+    saved, (_, _, lanes, *_, has_residual) = ctx.saved_tensors, ctx.rest
+    grad_y = torch.zeros_like(saved[0]) if grad_y is None else grad_y
+    grad_penalty = saved[0].new_zeros(lanes, dtype=torch.float32) if grad_penalty is None else grad_penalty
+    grad_x, grad_residual = backward(grad_y, grad_penalty, *saved, *ctx.rest)
+    return grad_x, grad_residual if has_residual else None, *[None] * 11
+
+
+_forward = torch.library.custom_op(
+    "infer_fast::bn_match",
+    _run_forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    "Tensor? whole_mean, Tensor? whole_var, float eps, str activation, int lanes, float r_var, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_forward.register_fake(_empty_outputs)
+
+_backward = torch.library.custom_op(
+    "infer_fast::bn_match_backward",
+    _run_backward,
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor grad_penalty, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor mask, float eps, str activation, "
+    "int lanes, float r_var, str backend, bool has_residual) -> (Tensor, Tensor)",
+)
+_backward.register_fake(_empty_gradients)
+
+
+def _operator_autograd(
+    ctx: Any, grad_y: torch.Tensor | None, grad_penalty: torch.Tensor | None, *_: None
+) -> tuple[torch.Tensor | None, ...]:
+    return _gradients(_backward, ctx, grad_y, grad_penalty)
+
+
+_forward.register_autograd(_operator_autograd, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same node without the dispatcher: in eager mode its Python layers would cost more than a small layer does."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Outputs:
+        outputs = _run_forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: torch.Tensor | None, grad_penalty: torch.Tensor | None, *_: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return _gradients(_run_backward, ctx, grad_y, grad_penalty)
+
+
+def apply_operator(x: torch.Tensor, *rest: Any) -> Outputs:
+    """The operator; in eager mode without the dispatcher. Arguments as _run_forward's."""
+    eager = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    return _Eager.apply(x, *rest) if eager else _forward(x, *rest)
+
+
+def _mask_or_none(mask: torch.Tensor) -> torch.Tensor | None:
+    return mask if mask.numel() else None
+
+
+def _native_arguments(
+    tensors: Sequence[torch.Tensor | None], x: torch.Tensor, eps: float, r_var: float, lanes: int, activation: str
+) -> tuple[object, ...]:
+    """What the native functions take: buffers, then numbers."""
+    b, c, h, w = x.shape
+    return (
+        [buffer(t) for t in tensors],
+        eps,
+        r_var,
+        lanes,
+        b // lanes,
+        c,
+        h * w,
+        x.dtype == torch.bfloat16,
+        is_channels_last(x),
+        ACTIVATION_NUMBERS[activation],
+        torch.get_num_threads(),
+    )
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense_format(x: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def _mask_bytes(x: torch.Tensor, lanes: int, backend: str) -> int:
+    """One bit per element. What begins at a byte of its own: a plane, or a channels_last pixel (triton); a large plane,
+    an image of small planes, or a channels_last lane (native)."""
+    b, c, h, w = x.shape
+    channels_last = is_channels_last(x)
+    if backend == "triton":
+        return b * h * w * -(-c // 8) if channels_last else b * c * -(-h * w // 8)
+    if channels_last:
+        return lanes * -(-(b // lanes) * c * h * w // 8)
+    return b * -(-c * h * w // 8) if h * w <= compiled().BN_MATCH_SMALL_PLANE else b * c * -(-h * w // 8)
