@@ -145,6 +145,17 @@ BnMatchArguments bn_match_arguments(const std::array<Buffer, count>& b, double e
   return a;
 }
 
+int64_t bn_match_mask_bytes(int64_t lanes, int64_t batch, int64_t channels, int64_t plane, bool channels_last) {
+  if (product("bn_match", {lanes, batch, channels, plane}) == 0) return 0;
+  BnMatchArguments a{};
+  a.lanes = lanes;
+  a.batch = batch;
+  a.channels = channels;
+  a.plane = plane;
+  a.channels_last = channels_last;
+  return infer_fast::bn_match_mask_bytes(a);
+}
+
 bool gates(const BnMatchArguments& a) {
   return a.activation == infer_fast::Activation::relu || a.activation == infer_fast::Activation::relu6;
 }
@@ -214,7 +225,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("compose", &compose, "See infer_fast.ops.compose.");
   module.def("bn_match_forward", &bn_match_forward, "See infer_fast.ops.bn_match.");
   module.def("bn_match_backward", &bn_match_backward, "See infer_fast.ops.bn_match.");
-  module.attr("BN_MATCH_SMALL_PLANE") = infer_fast::kBnMatchSmallPlane;
+  module.def("bn_match_mask_bytes", &bn_match_mask_bytes,
+             "Bytes of the mask of x, from (lanes, batch, channels, plane, channels_last).");
   module.def("keep_freed_memory", &keep_freed_memory,
              "Has the process keep freed memory for its next tensors. False where the C library can't.");
   module.def("limit_instruction_set", &infer_fast::limit_instruction_set,

@@ -9,6 +9,9 @@ constexpr int64_t kFold = 16;               // partial sums of a small plane
 constexpr int64_t kPart = 512;              // elements of a plane summed in float32 before double takes over
 constexpr int64_t kTogether = 4;            // rows, or stretches of kFold elements, that are taken together
 
+// Contiguous planes up to this many elements are taken many at a time, and their images' mask bits lie together.
+constexpr int64_t kBnMatchSmallPlane = 32;
+
 // How a tensor is read row by row, the images of one lane being one group. channels_last: a row is some pixels, and
 // kTogether go together, so that their parameters are touched once; but where memory bounds the work (float32 results
 // that go past the caches), processors read one row after the other faster, and then rows are longer.

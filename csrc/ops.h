@@ -64,9 +64,6 @@ void compose(const ComposeArguments& arguments, int threads);
 
 enum class Activation { none = 0, relu = 1, relu6 = 2, silu = 3 };
 
-// Contiguous planes up to this many elements are taken many at a time, and their images' mask bits lie together.
-constexpr int64_t kBnMatchSmallPlane = 32;
-
 // The arguments of infer_fast.ops.bn_match, forward and backward. Images of one lane lie side by side; a tensor is
 // either contiguous (plane = H*W elements per channel) or channels_last (rows of C elements).
 struct BnMatchArguments {

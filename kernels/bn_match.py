@@ -258,6 +258,12 @@ def backward(
     )  # fmt: skip
 
 
+def mask_bytes(x: torch.Tensor) -> int:
+    """Bytes of x's mask: a bit per element; each plane (or channels_last pixel) starts at a byte of its own."""
+    images, channels, plane, rows = _shape(x, 1)
+    return images * plane * -(-channels // 8) if rows else images * channels * -(-plane // 8)
+
+
 def _shape(x: torch.Tensor, lanes: int) -> tuple[int, int, int, bool]:
     """(images of a lane, channels, plane, channels_last)."""
     b, c, h, w = x.shape

@@ -101,7 +101,18 @@ def _compose(
     tl.store(out_ptr + place, normalised.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def compose(base, base_index, compensators, compensator_index, shift, flip, lam, partner, statistics, out) -> None:
+def compose(
+    base: torch.Tensor,
+    base_index: torch.Tensor,
+    compensators: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    compensator_index: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    flip: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    partner: torch.Tensor | None,
+    statistics: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
     """Fills out (B, 3, H, W), of any layout; statistics float32 (2, 3) holds mean and std; None where not given."""
     height, width = base.shape[2:]
     values, scale, offset = compensators if compensators is not None else (base, statistics, statistics)

@@ -236,12 +236,10 @@ def dense_format(x: torch.Tensor) -> torch.memory_format:
 
 
 def _mask_bytes(x: torch.Tensor, lanes: int, backend: str) -> int:
-    """One bit per element. What begins at a byte of its own: a plane, or a channels_last pixel (triton); a large plane,
-    an image of small planes, or a channels_last lane (native)."""
-    b, c, h, w = x.shape
-    channels_last = is_channels_last(x)
+    """Bytes of the mask, as the backend lays out its bits."""
     if backend == "triton":
-        return b * h * w * -(-c // 8) if channels_last else b * c * -(-h * w // 8)
-    if channels_last:
-        return lanes * -(-(b // lanes) * c * h * w // 8)
-    return b * -(-c * h * w // 8) if h * w <= compiled().BN_MATCH_SMALL_PLANE else b * c * -(-h * w // 8)
+        from infer_fast.kernels import bn_match as kernels
+
+        return kernels.mask_bytes(x)
+    b, c, h, w = x.shape
+    return compiled().bn_match_mask_bytes(lanes, b // lanes, c, h * w, is_channels_last(x))
