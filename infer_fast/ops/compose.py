@@ -8,13 +8,14 @@ One gather, one write: nothing of the dataset is kept in floating point.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops.backend import buffer, choose, native
+from infer_fast.ops.backend import buffer, choose, compiled
 
 DTYPES = {
     "native": (torch.float32, torch.bfloat16),
@@ -113,7 +114,9 @@ def compose(
     chosen = choose("compose", probe, backend, DTYPES)
     _check(base, base_index, compensators, compensator_index, shift, flip, lam, partner)
     if chosen != "reference":
-        values, scale, offset = compensators if compensator_index is not None else (None, None, None)
+        values, scale, offset = (
+            (None, None, None) if compensators is None or compensator_index is None else compensators
+        )
         return _compose(
             base,
             base_index,
@@ -153,11 +156,24 @@ def compose(
     "str backend) -> Tensor",
 )
 def _compose(
-    base, base_index, values, scale, offset, compensator_index, shift, flip, lam, partner, mean, std, dtype, backend
-):
+    base: torch.Tensor,
+    base_index: torch.Tensor,
+    values: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    compensator_index: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    flip: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    partner: torch.Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
     """The native and triton backends."""
     out = torch.empty((len(base_index), *base.shape[1:]), dtype=dtype, device=base.device)
-    held = [
+    given = [
         base,
         base_index,
         values,
@@ -169,7 +185,7 @@ def _compose(
         None if lam is None else lam.float(),
         partner,
     ]
-    held = [None if t is None else t.contiguous() for t in held]
+    held = [None if t is None else t.contiguous() for t in given]
     if backend == "triton":
         from infer_fast.kernels import compose as kernels
 
@@ -178,7 +194,7 @@ def _compose(
             compensators = None if values is None else held[2:5]
             kernels.compose(*held[:2], compensators, *held[5:], statistics, out)
         return out
-    native().compose(
+    compiled().compose(
         [*(buffer(t) for t in held), buffer(out)],
         dtype == torch.bfloat16,
         len(base_index),
@@ -194,17 +210,43 @@ def _compose(
 
 
 @lru_cache(maxsize=16)
-def _statistics(mean: tuple, std: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """mean and std on the device, (2, 3): sent once, for a copy from the host would end a capture."""
     return torch.tensor([mean, std], dtype=dtype, device=device)
 
 
 @_compose.register_fake
-def _(base, base_index, values, scale, offset, compensator_index, shift, flip, lam, partner, mean, std, dtype, backend):
+def _(
+    base: torch.Tensor,
+    base_index: torch.Tensor,
+    values: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    compensator_index: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    flip: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    partner: torch.Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
     return base.new_empty((base_index.shape[0], *base.shape[1:]), dtype=dtype)
 
 
-def _check(base, base_index, compensators, compensator_index, shift, flip, lam, partner) -> None:
+def _check(
+    base: torch.Tensor,
+    base_index: torch.Tensor,
+    compensators: Quantised | None,
+    compensator_index: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    flip: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    partner: torch.Tensor | None,
+) -> None:
     if base.dtype != torch.uint8 or base.dim() != 4 or base.shape[1] != 3:
         raise InferFastError(f"compose takes base as uint8 (N, 3, H, W), not {base.dtype} {tuple(base.shape)}.")
     batch = len(base_index)

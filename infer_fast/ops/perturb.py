@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops.backend import buffer, choose, native
+from infer_fast.ops.backend import buffer, choose, compiled
 
 TINY = 1e-12
 DTYPES = {"native": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16)}
@@ -30,15 +30,18 @@ def reference(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], rho
     mutates_args=("params",),
     schema="(Tensor(a!)[] params, Tensor[] grads, float rho, str backend) -> ()",
 )
-def _perturb(params, grads, rho, backend):
+def _perturb(params: list[torch.Tensor], grads: list[torch.Tensor], rho: float, backend: str) -> None:
     """The native and triton backends: parameters of one dtype, each of a dense layout that its gradient is given."""
-    grads = [g.to(p.dtype).contiguous(memory_format=_layout(p)) for p, g in zip(params, grads, strict=True)]
+    grads = [
+        g.to(p.dtype).contiguous(memory_format=_layout(p) or torch.contiguous_format)
+        for p, g in zip(params, grads, strict=True)
+    ]
     if backend == "triton":
         from infer_fast.kernels import perturb as kernels
 
         kernels.perturb(params, grads, rho)
         return
-    native().perturb(
+    compiled().perturb(
         [buffer(p) for p in params],
         [buffer(g) for g in grads],
         rho,
@@ -53,7 +56,7 @@ def _layout(param: torch.Tensor) -> torch.memory_format | None:
 
 
 @_perturb.register_fake
-def _(params, grads, rho, backend):
+def _(params: list[torch.Tensor], grads: list[torch.Tensor], rho: float, backend: str) -> None:
     return None
 
 
