@@ -56,9 +56,9 @@ T* optional(const char* name, const Buffer& buffer, int64_t count, int64_t size 
 
 void check_index(const char* name, const int64_t* index, int64_t count, int64_t low, int64_t high) {
   for (int64_t i = 0; i < count; ++i)
-    require(index[i] >= low && index[i] < high,
-            std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(index[i]) + " is out of range " +
-                std::to_string(low) + ".." + std::to_string(high - 1));
+    require(index[i] >= low && index[i] < high, std::string(name) + "[" + std::to_string(i) +
+                                                    "] = " + std::to_string(index[i]) + " is out of range " +
+                                                    std::to_string(low) + ".." + std::to_string(high - 1));
 }
 
 // The order in which compose takes its buffers.
@@ -66,8 +66,8 @@ namespace compose_buffer {
 enum { base, base_index, compensators, scale, offset, compensator_index, shift, flip, lam, partner, out, count };
 }
 
-void compose(const std::array<Buffer, compose_buffer::count>& b, bool out_is_bfloat16, int64_t batch, int64_t base_count,
-             int64_t compensator_count, int64_t height, int64_t width, std::array<float, 3> mean,
+void compose(const std::array<Buffer, compose_buffer::count>& b, bool out_is_bfloat16, int64_t batch,
+             int64_t base_count, int64_t compensator_count, int64_t height, int64_t width, std::array<float, 3> mean,
              std::array<float, 3> std, int threads) {
   namespace at = compose_buffer;
   require(threads >= 1, "compose: threads must be at least 1");
@@ -75,8 +75,8 @@ void compose(const std::array<Buffer, compose_buffer::count>& b, bool out_is_bfl
   ComposeArguments a{};
   a.base = needed<const uint8_t>("compose: base", b[at::base], product("compose", {base_count, image}));
   a.base_index = needed<const int64_t>("compose: base_index", b[at::base_index], product("compose", {batch}));
-  a.compensators =
-      optional<const uint8_t>("compose: compensators", b[at::compensators], product("compose", {compensator_count, image}));
+  a.compensators = optional<const uint8_t>("compose: compensators", b[at::compensators],
+                                           product("compose", {compensator_count, image}));
   if (a.compensators) {
     const int64_t channels = product("compose", {compensator_count, 3});
     a.scale = needed<const float>("compose: scale", b[at::scale], channels);
@@ -160,24 +160,24 @@ bool gates(const BnMatchArguments& a) {
   return a.activation == infer_fast::Activation::relu || a.activation == infer_fast::Activation::relu6;
 }
 
-void bn_match_forward(const std::array<Buffer, bn_match_buffer::forward_count>& b, double eps, double r_var, int64_t lanes, int64_t batch,
-                      int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last, int activation,
-                      int threads) {
+void bn_match_forward(const std::array<Buffer, bn_match_buffer::forward_count>& b, double eps, double r_var,
+                      int64_t lanes, int64_t batch, int64_t channels, int64_t plane, bool is_bfloat16,
+                      bool channels_last, int activation, int threads) {
   namespace at = bn_match_buffer;
-  auto a = bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation,
-                              threads);
+  auto a =
+      bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation, threads);
   a.y = needed<void>("bn_match: y", b[at::y], lanes * batch * channels * plane, is_bfloat16 ? 2 : 4);
   a.penalty = needed<float>("bn_match: penalty", b[at::penalty], lanes);
   py::gil_scoped_release release;
   infer_fast::bn_match_forward(a, threads);
 }
 
-void bn_match_backward(const std::array<Buffer, bn_match_buffer::backward_count>& b, double eps, double r_var, int64_t lanes, int64_t batch,
-                       int64_t channels, int64_t plane, bool is_bfloat16, bool channels_last, int activation,
-                       int threads) {
+void bn_match_backward(const std::array<Buffer, bn_match_buffer::backward_count>& b, double eps, double r_var,
+                       int64_t lanes, int64_t batch, int64_t channels, int64_t plane, bool is_bfloat16,
+                       bool channels_last, int activation, int threads) {
   namespace at = bn_match_buffer;
-  auto a = bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation,
-                              threads);
+  auto a =
+      bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation, threads);
   const int64_t elements = lanes * batch * channels * plane, size = is_bfloat16 ? 2 : 4;
   a.grad_y = needed<const void>("bn_match: grad_y", b[at::grad_y], elements, size);
   a.grad_penalty = needed<const float>("bn_match: grad_penalty", b[at::grad_penalty], lanes);

@@ -55,8 +55,8 @@ struct Pass {
   bool streams;                      // results are written past the caches
 };
 
-// One thread's own room: the sums of a row's width, twice, then for the elements of a run of rows (of a part of a plane)
-// the flags and two blocks of results.
+// One thread's own room: the sums of a row's width, twice, then for the elements of a run of rows (of a part of a
+// plane) the flags and two blocks of results.
 struct Scratch {
   float* sums;
   uint8_t* flags;

@@ -9,16 +9,17 @@
 namespace infer_fast {
 namespace {
 
-constexpr int64_t kRowPiece = 16384;        // elements of one piece of rows, at least
-constexpr int64_t kPieces = 64;             // of a lane, to aim for beyond that
-constexpr int64_t kChunk = 128;             // elements of a wide row that are taken together
-constexpr int64_t kWidth = 64;              // channels_last rows shorter than this are taken several at a time
-constexpr int64_t kBlock = 1024;            // elements of an image of the smallest planes that are taken together
-constexpr int64_t kImages = 16;             // images of small planes that are summed together, at most
-constexpr int64_t kFoldedOnto = 256;        // elements that add to one of them, at most, before double takes over
-constexpr int64_t kUsualCache = 32 << 20;   // bytes of the last cache where the system doesn't tell
+constexpr int64_t kRowPiece = 16384;       // elements of one piece of rows, at least
+constexpr int64_t kPieces = 64;            // of a lane, to aim for beyond that
+constexpr int64_t kChunk = 128;            // elements of a wide row that are taken together
+constexpr int64_t kWidth = 64;             // channels_last rows shorter than this are taken several at a time
+constexpr int64_t kBlock = 1024;           // elements of an image of the smallest planes that are taken together
+constexpr int64_t kImages = 16;            // images of small planes that are summed together, at most
+constexpr int64_t kFoldedOnto = 256;       // elements that add to one of them, at most, before double takes over
+constexpr int64_t kUsualCache = 32 << 20;  // bytes of the last cache where the system doesn't tell
 
-// Bytes of the last cache that this processor's cores share, as Linux tells it (glibc's sysconf counts all of a socket's).
+// Bytes of the last cache that this processor's cores share, as Linux tells it (glibc's sysconf counts all of a
+// socket's).
 int64_t last_cache() {
   int64_t bytes = kUsualCache;
   for (int index = 0; index < 5; ++index) {

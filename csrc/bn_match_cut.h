@@ -5,9 +5,9 @@
 
 namespace infer_fast {
 
-constexpr int64_t kFold = 16;               // partial sums of a small plane
-constexpr int64_t kPart = 512;              // elements of a plane summed in float32 before double takes over
-constexpr int64_t kTogether = 4;            // rows, or stretches of kFold elements, that are taken together
+constexpr int64_t kFold = 16;     // partial sums of a small plane
+constexpr int64_t kPart = 512;    // elements of a plane summed in float32 before double takes over
+constexpr int64_t kTogether = 4;  // rows, or stretches of kFold elements, that are taken together
 
 // Contiguous planes up to this many elements are taken many at a time, and their images' mask bits lie together.
 constexpr int64_t kBnMatchSmallPlane = 32;
@@ -18,17 +18,17 @@ constexpr int64_t kBnMatchSmallPlane = 32;
 // Contiguous with small planes: a row is one image, cut into blocks of whole planes. Parameters lie as the elements of
 // one row do, so that a row is one loop without a branch.
 struct Rows {
-  int64_t width;           // elements of a row (of a block of it)
-  int64_t pitch;           // elements from one row to the next
-  int64_t blocks;          // blocks side by side in a row (1: rows are whole and lie side by side)
-  int64_t rows;            // rows of one piece
-  int64_t chunk;           // elements of a row that are taken together with those of the rows below
-  bool together;           // whether they are
-  int64_t run;             // rows that lie side by side and are taken in one call
-  int64_t lane_rows;       // rows of a lane (the last may be short, channels_last)
-  int64_t lane_elements;   // elements of a lane
-  int64_t per_lane;        // pieces of a lane, one below another
-  int64_t parameters;      // entries of the parameters: those of all blocks
+  int64_t width;          // elements of a row (of a block of it)
+  int64_t pitch;          // elements from one row to the next
+  int64_t blocks;         // blocks side by side in a row (1: rows are whole and lie side by side)
+  int64_t rows;           // rows of one piece
+  int64_t chunk;          // elements of a row that are taken together with those of the rows below
+  bool together;          // whether they are
+  int64_t run;            // rows that lie side by side and are taken in one call
+  int64_t lane_rows;      // rows of a lane (the last may be short, channels_last)
+  int64_t lane_elements;  // elements of a lane
+  int64_t per_lane;       // pieces of a lane, one below another
+  int64_t parameters;     // entries of the parameters: those of all blocks
 };
 
 // How a contiguous tensor of small planes is cut. The images of a group are summed together, so the groups depend on
@@ -56,7 +56,9 @@ inline int64_t mask_offset(const BnMatchArguments& a, int64_t at) {
 }
 
 // Entries of one parameter: per channel, or as the elements of a row.
-inline int64_t parameter_count(const BnMatchArguments& a, const Rows& r) { return by_rows(a) ? r.parameters : a.channels; }
+inline int64_t parameter_count(const BnMatchArguments& a, const Rows& r) {
+  return by_rows(a) ? r.parameters : a.channels;
+}
 
 Rows rows_of(const BnMatchArguments& arguments);
 

@@ -7,11 +7,11 @@
 
 #include "bn_match_memory.h"
 
-// exp(x) within 2 units in the last place (infinite above 88.4), by 2^n * exp(r) with |r| <= ln(2)/2 and a degree-6 polynomial for exp(r)
-// (the method and the constants of S. Moshier's Cephes library).
+// exp(x) within 2 units in the last place (infinite above 88.4), by 2^n * exp(r) with |r| <= ln(2)/2 and a degree-6
+// polynomial for exp(r) (the method and the constants of S. Moshier's Cephes library).
 inline float exponential(float x) {
   const float limited = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);  // NaN passes unchanged
-  const float magic = 12582912.0f;                                       // 1.5 * 2^23: adding it rounds to an integer
+  const float magic = 12582912.0f;                                      // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = limited * 1.44269504088896341f + magic;
   const float n = shifted - magic;
   const float r = (limited - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -150,8 +150,8 @@ struct Pitch {
 };
 
 // kTogether stretches of kFold elements forward: element j of each adds to the sums of j, so that no plane pays for
-// adding up across a register, and the sums are touched once for kTogether elements. `sums` holds those of d, then those
-// of d*d.
+// adding up across a register, and the sums are touched once for kTogether elements. `sums` holds those of d, then
+// those of d*d.
 template <typename Scalar, Activation kind, bool with_residual>
 INFER_FAST_INSIDE inline void forward_stretches(const Scalar* x, const Scalar* residual, float* out, uint8_t* flags,
                                                 const Pitch& pitch, float mean, float scale, float bias, float* sums) {
@@ -160,8 +160,8 @@ INFER_FAST_INSIDE inline void forward_stretches(const Scalar* x, const Scalar* r
     float s = 0.0f, q = 0.0f;
     for (int64_t k = 0; k < kTogether; ++k)
       forward_element<Scalar, kind, with_residual>(x + k * pitch.in, with_residual ? residual + k * pitch.in : nullptr,
-                                                    out + k * pitch.out, flags + k * pitch.flags, j, mean, scale, bias,
-                                                    &s, &q);
+                                                   out + k * pitch.out, flags + k * pitch.flags, j, mean, scale, bias,
+                                                   &s, &q);
     sums[j] += s;
     sums[kFold + j] += q;
   }
@@ -174,16 +174,16 @@ INFER_FAST_INSIDE inline void forward_small_plane(const Scalar* x, const Scalar*
   int64_t i = 0;
   for (; i + kTogether * kFold <= count; i += kTogether * kFold)
     forward_stretches<Scalar, kind, with_residual>(x + i, with_residual ? residual + i : nullptr, out + i, flags + i,
-                                                    {kFold, kFold, kFold}, mean, scale, bias, sums);
+                                                   {kFold, kFold, kFold}, mean, scale, bias, sums);
   for (; i + kFold <= count; i += kFold) {
 #pragma omp simd
     for (int64_t j = 0; j < kFold; ++j)
       forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + j, mean, scale, bias, sums + j,
-                                                    sums + kFold + j);
+                                                   sums + kFold + j);
   }
   for (int64_t j = 0; i + j < count; ++j)
     forward_element<Scalar, kind, with_residual>(x, residual, out, flags, i + j, mean, scale, bias, sums + j,
-                                                  sums + kFold + j);
+                                                 sums + kFold + j);
 }
 
 // The same small plane of kTogether images.
@@ -194,19 +194,18 @@ INFER_FAST_INSIDE inline void forward_small_planes(const Scalar* x, const Scalar
   int64_t i = 0;
   for (; i + kFold <= count; i += kFold)
     forward_stretches<Scalar, kind, with_residual>(x + i, with_residual ? residual + i : nullptr, out + i, flags + i,
-                                                    pitch, mean, scale, bias, sums);
+                                                   pitch, mean, scale, bias, sums);
   for (int64_t j = 0; i + j < count; ++j)
     for (int64_t k = 0; k < kTogether; ++k)
       forward_element<Scalar, kind, with_residual>(x + k * pitch.in, with_residual ? residual + k * pitch.in : nullptr,
-                                                    out + k * pitch.out, flags + k * pitch.flags, i + j, mean, scale,
-                                                    bias, sums + j, sums + kFold + j);
+                                                   out + k * pitch.out, flags + k * pitch.flags, i + j, mean, scale,
+                                                   bias, sums + j, sums + kFold + j);
 }
 
 template <typename Scalar, Activation kind, bool with_residual>
 INFER_FAST_INSIDE inline void backward_small_plane(const Scalar* x, const Scalar* residual, const Scalar* grad_y,
-                                                   const uint8_t* flags, float* out, float* out_residual,
-                                                   int64_t count, float mean, float scale, float bias, float a,
-                                                   float b) {
+                                                   const uint8_t* flags, float* out, float* out_residual, int64_t count,
+                                                   float mean, float scale, float bias, float a, float b) {
   int64_t i = 0;
   for (; i + kFold <= count; i += kFold) {
 #pragma omp simd
@@ -241,7 +240,7 @@ inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uin
         for (int64_t row = 0; row < kTogether; ++row) {
           const int64_t side = at + row * width;
           forward_element<Scalar, kind, with_residual>(x + side, with_residual ? residual + side : nullptr,
-                                                        out + row * pitch, flags + side, c, m, k, o, &s, &q);
+                                                       out + row * pitch, flags + side, c, m, k, o, &s, &q);
         }
         sum[first + c] += s;
         square[first + c] += q;
@@ -256,9 +255,9 @@ inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uin
       if (streams) fetch(x + at + kPart, columns);
 #pragma omp simd
       for (int64_t c = 0; c < columns; ++c)
-        forward_element<Scalar, kind, with_residual>(x + at, with_residual ? residual + at : nullptr, out, flags + at, c,
-                                                      mean[first + c], scale[first + c], bias[first + c],
-                                                      sum + first + c, square + first + c);
+        forward_element<Scalar, kind, with_residual>(x + at, with_residual ? residual + at : nullptr, out, flags + at,
+                                                     c, mean[first + c], scale[first + c], bias[first + c],
+                                                     sum + first + c, square + first + c);
       deliver(out, y + at, columns, streams);
     }
   }
@@ -267,8 +266,8 @@ inline void forward_rows(const Scalar* x, const Scalar* residual, Scalar* y, uin
 template <typename Scalar, Activation kind, bool with_residual>
 inline void backward_rows(const Scalar* x, const Scalar* residual, const Scalar* grad_y, const uint8_t* flags,
                           Scalar* grad_x, Scalar* grad_residual, int64_t count, int64_t width, int64_t chunk,
-                          bool together, const float* mean, const float* scale, const float* bias, const float* a, const float* b,
-                          float* block, float* second_block, bool streams) {
+                          bool together, const float* mean, const float* scale, const float* bias, const float* a,
+                          const float* b, float* block, float* second_block, bool streams) {
   constexpr bool reads_residual = with_residual && kind == Activation::silu;
   int64_t begin = 0;
   for (; together && begin + kTogether * width <= count; begin += kTogether * width)

@@ -1,5 +1,5 @@
-// How the inner loops of bn_match read and write: numbers, results past the caches, bits. Included as bn_match_kernels.h
-// is, and under its rules.
+// How the inner loops of bn_match read and write: numbers, results past the caches, bits. Included as
+// bn_match_kernels.h is, and under its rules.
 
 inline float load(const float* p) { return *p; }
 

@@ -77,10 +77,10 @@ void forward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int64
           float* sums = scratch.sums + 2 * kFold * c;
           if (images == 1)
             forward_small_plane<Scalar, kind, with_residual>(x + k, added, out + k, scratch.flags + k, a.plane,
-                                                              p.mean[c], p.scale[c], p.bias[c], sums);
+                                                             p.mean[c], p.scale[c], p.bias[c], sums);
           else
             forward_small_planes<Scalar, kind, with_residual>(x + k, added, out + k, scratch.flags + k, pitch, a.plane,
-                                                               p.mean[c], p.scale[c], p.bias[c], sums);
+                                                              p.mean[c], p.scale[c], p.bias[c], sums);
         }
         for (int64_t i = 0; i < images; ++i) {
           deliver(out + i * pitch.out, y + i * whole, count, p.streams);
@@ -124,12 +124,12 @@ void backward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int6
         Scalar* grad_residual = with_residual ? static_cast<Scalar*>(a.grad_residual) + at : nullptr;
         float* out = in_place_or(grad_x, scratch.block, p.streams);
         float* out_residual = with_residual ? in_place_or(grad_residual, scratch.second_block, p.streams) : nullptr;
-        if (packed)
-          unpack_bits(a.mask + (image * a.channels + first) * ((a.plane + 7) / 8), scratch.flags, count);
+        if (packed) unpack_bits(a.mask + (image * a.channels + first) * ((a.plane + 7) / 8), scratch.flags, count);
         for (int64_t k = 0, c = first; k < count; k += a.plane, ++c)
-          backward_small_plane<Scalar, kind, with_residual>(
-              x + k, reads_residual ? residual + k : nullptr, grad_y + k, scratch.flags + k, out + k,
-              with_residual ? out_residual + k : nullptr, a.plane, p.mean[c], p.scale[c], p.bias[c], level[c], slope[c]);
+          backward_small_plane<Scalar, kind, with_residual>(x + k, reads_residual ? residual + k : nullptr, grad_y + k,
+                                                            scratch.flags + k, out + k,
+                                                            with_residual ? out_residual + k : nullptr, a.plane,
+                                                            p.mean[c], p.scale[c], p.bias[c], level[c], slope[c]);
         deliver(out, grad_x, count, p.streams);
         if (with_residual) deliver(out_residual, grad_residual, count, p.streams);
         first += planes;
@@ -140,7 +140,7 @@ void backward_patches(const Pass& p, const Scratch& scratch, int64_t begin, int6
 // Where a piece lies: element offsets from the start of the tensor, rows of `count` elements `pitch` apart.
 struct Place {
   int64_t first_row, last_row, block, lane;  // rows of the lane, and which of the blocks side by side
-  int64_t parameters;                         // where the block's parameters begin
+  int64_t parameters;                        // where the block's parameters begin
 };
 
 inline Place place_of(const Rows& r, int64_t piece) {

@@ -79,10 +79,10 @@ struct BnMatchArguments {
                    // relu6; a lane's bits (channels_last), an image's, or a large plane's begin at a byte of their own
   void* y;         // forward: like x
   float* penalty;  // forward: (lanes,)
-  const void* grad_y;           // backward: like x
-  const float* grad_penalty;    // backward: (lanes,)
-  void* grad_x;                 // backward: like x
-  void* grad_residual;          // backward: like x, or null
+  const void* grad_y;         // backward: like x
+  const float* grad_penalty;  // backward: (lanes,)
+  void* grad_x;               // backward: like x
+  void* grad_residual;        // backward: like x, or null
   double eps, r_var;
   int64_t lanes, batch, channels, plane;
   bool is_bfloat16, channels_last;
@@ -95,7 +95,8 @@ int64_t bn_match_mask_bytes(const BnMatchArguments& arguments);
 // Lets bn_match use no newer instructions than 0: portable code, 1: AVX2, 2: AVX-512; returns what it then uses.
 int limit_instruction_set(int limit);
 
-// Has bn_match write results of so many bytes past the caches; negative: as it does by itself, from half the last cache.
+// Has bn_match write results of so many bytes past the caches; negative: as it does by itself, from half the last
+// cache.
 void stream_results_from(int64_t bytes);
 
 void bn_match_forward(const BnMatchArguments& arguments, int threads);
