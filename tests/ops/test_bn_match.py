@@ -207,6 +207,23 @@ def test_registered_operators_pass_opcheck(generator, activation):
 
 
 @pytest.mark.skipif(native() is None, reason="no compiler")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_knows_the_size_of_the_mask(generator, layout, dynamic):
+    """Traced without values, for one batch size and then another: y and gradients as in eager mode."""
+    function = torch.compile(value_and_gradients, backend="aot_eager", dynamic=dynamic)
+    for shape in ((6, 5, 3, 3), (4, 5, 3, 3), (4, 5, 7, 9)):
+        parts = arguments(shape, generator, torch.float32)
+        x, residual = (t.contiguous(memory_format=LAYOUTS[layout]) for t in (parts[0], draw(generator, *shape).float()))
+        upstream = torch.ones(shape), torch.ones(2)
+        options = {"activation": "relu", "lanes": 2, "backend": "native"}
+        ours = function((x, *parts[1:]), residual, upstream, **options)
+        exact = value_and_gradients((x, *parts[1:]), residual, upstream, **options)
+        for got, expected in zip(ours, exact, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(native() is None, reason="no compiler")
 def test_only_x_and_one_bit_per_element_are_kept(generator):
     x, *vectors = arguments((4, 8, 16, 16), generator, torch.float32)
     for residual, mask in ((None, 0), (torch.randn(x.shape), x.numel() // 8)):

@@ -98,6 +98,16 @@ def test_threads_and_writes_past_the_caches_change_no_bit(generator, as_before, 
                 assert (a - b).norm() <= 1e-5 * a.norm() if reordered and position else torch.equal(a, b)
 
 
+def test_the_mask_has_a_bit_for_each_element_and_ends_at_bytes():
+    """An image of small planes, a larger plane, or a channels_last lane begins at a byte of its own."""
+    of = native().bn_match_mask_bytes  # lanes, images of a lane, channels, plane, channels_last
+    assert [of(2, 3, 5, 9, False), of(2, 3, 5, 35, False), of(2, 3, 5, 9, True)] == [6 * 6, 6 * 5 * 5, 2 * 17]
+    assert of(2, 0, 5, 9, True) == 0
+    for sizes in ((2, -3, 5, 9), (2**31, 2**31, 2**31, 1)):
+        with pytest.raises(ValueError, match="bn_match"):
+            of(*sizes, False)
+
+
 def random_tensor(chooser):
     """A tensor of any shape (sizes of 0 and 1 among them), dtype and layout."""
     shape = [chooser.choice([0, 1, 1, 2, 3, 5, 8]) for _ in range(chooser.choice([1, 2, 3, 4, 4, 4, 4, 5]))]
