@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op: the CUDA backend of infer_fast.ops."""
+"""Triton kernels, the CUDA backend of infer_fast.ops: one file per op, or a few that share its name."""
