@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +27,10 @@ FLOATS, BYTES, LONGS = "*fp32", "*u8", "*i64"
 class Form(NamedTuple):
     """A kernel as a launcher asks for it: the types of pointers and numbers (int32 where not named), constants."""
 
-    kernel: object
+    kernel: triton.runtime.JITFunction | triton.runtime.Autotuner
     pointers: dict[str, str]
     numbers: dict[str, str]
-    constants: dict[str, object]
+    constants: Mapping[str, object]
     warps: int = 4
     wide: tuple[str, ...] = ()  # instructions that must be there
 

@@ -59,7 +59,7 @@ def interpreted() -> bool:
 
 def native() -> ModuleType | None:
     """The compiled CPU backend, or None where it was not built or, with a warning, does not load."""
-    if _native is None and _why_no_native != NOT_BUILT:
+    if _why_no_native not in ("", NOT_BUILT):
         _say_once(f"CPU tensors take the reference, slower: {_why_no_native}.")
     return _native
 
