@@ -53,8 +53,8 @@ def run(job: Callable[[list[str]], None], args: list[str] | None = None) -> int:
     """Runs `job(args)` and turns what it raises into an exit code and one sentence on standard error."""
     args = sys.argv[1:] if args is None else args
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
-    if native() is not None:
-        native().keep_freed_memory()
+    if (backend := native()) is not None:
+        backend.keep_freed_memory()
     try:
         job([a for a in args if a != "--debug"])
     except KeyboardInterrupt:

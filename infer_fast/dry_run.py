@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -58,13 +58,12 @@ def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, flo
         network = build(name, plan.classes, plan.size, seed=0).to(device)
         if recipe.arch_weights is None:
             squeezing += _training_seconds(network, images) * recipe.squeeze.epochs * len(dataset.train)
-        matched, inputs = MatchedTeacher(network), images.clone().requires_grad_(True)
-        matching = _timed(lambda matched=matched, inputs=inputs: _backward(*matched(inputs)), device)
+        matching = _timed(partial(_backward, MatchedTeacher(network), images.clone().requires_grad_(True)), device)
         batches = [b for b in plan.batches if b.teacher == position]
         synthesis += matching * plan.iterations * sum(len(b.indices) * (b.last_class - b.first_class) for b in batches)
         network.eval()
         with torch.no_grad():
-            labelling += _timed(lambda network=network: network(images), device)
+            labelling += _timed(partial(network, images), device)
     validation = 0.0
     for name in recipe.student.networks:
         network = build(name, plan.classes, plan.size, seed=0).to(device)
@@ -86,10 +85,12 @@ def _validation_seconds(plan: Plan, recipe: Recipe, training: float, labelling: 
 
 
 def _training_seconds(network: nn.Module, images: torch.Tensor) -> float:
-    return _timed(lambda: _backward(network(images)), images.device)
+    return _timed(partial(_backward, network, images), images.device)
 
 
-def _backward(*outputs: torch.Tensor) -> None:
+def _backward(network: nn.Module, images: torch.Tensor) -> None:
+    outputs = network(images)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.stack([output.sum() for output in outputs]).sum().backward()
 
 
@@ -103,7 +104,7 @@ def _timed(step: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - began) / PROBE
 
 
-def byte_table(distilled: DistilledSet, teachers: list[Teacher], student: StudentSettings, whole: int) -> str:
+def byte_table(distilled: DistilledSet, teachers: Sequence[Teacher], student: StudentSettings, whole: int) -> str:
     """What a distilled set weighs, part by part, in bytes and as a share of the training images (`whole`; 0: unknown).
 
     Dynamic labels weigh what the teachers weigh. FKD (arXiv 2112.01528) stores the logits, crops, flips and mixes of

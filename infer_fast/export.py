@@ -25,7 +25,7 @@ from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
 from infer_fast.errors import InferFastError
 from infer_fast.extras import require
-from infer_fast.files import write_atomically
+from infer_fast.files import write_atomically, write_bytes
 from infer_fast.progress import stage
 
 Format = Literal["png", "jpg", "parquet"]
@@ -52,7 +52,7 @@ def export(distilled: DistilledSet, folder: Path, format: Format = "png") -> int
             if format == "parquet":
                 rows.append((name, data, label))
             else:
-                write_atomically(folder / name, lambda path, data=data: path.write_bytes(data))
+                write_bytes(folder / name, data)
             running.advance()
     if format == "parquet":
         write_atomically(folder / "train.parquet", lambda path: _write_parquet(path, rows, distilled))

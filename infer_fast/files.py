@@ -24,7 +24,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and renames the temporary file to `path` once its bytes are on the disk.
 
     Raises DiskError if the disk is full or the folder is not writable; an older file at `path` then stays as it was.
@@ -40,6 +40,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise DiskError(_disk_sentence(path, error)) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -114,7 +119,7 @@ def _as(kind: Any, value: Any, file: str, place: str) -> Any:
     if get_origin(kind) in (Union, UnionType):
         (inner,) = (part for part in parts if part is not type(None))
         return None if value is None else _as(inner, value, file, place)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         hints, given = get_type_hints(kind), _expect(dict, value, file, place)
         missing = next((f.name for f in fields(kind) if f.name not in given), None)
         if missing is not None:

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
 from infer_fast.files import write_atomically, write_text
+from infer_fast.ops.compose import Quantised
 
 PREVIEW_CLASSES = 10
 TILE = 104  # pixels a shown image is scaled to, at least
@@ -39,7 +40,7 @@ def write_preview(distilled: DistilledSet, path: Path) -> None:
     if distilled.compensators is not None:
         draw.text((2, header + side // 2), "compensator", fill="black")
         for m in range(views - 1):
-            picture.paste(_tile(_stretched(distilled, m), side), (90 + (m + 1) * (side + GAP), header))
+            picture.paste(_tile(_stretched(distilled.compensators, m), side), (90 + (m + 1) * (side + GAP), header))
     for row, c in enumerate(shown):
         top = 2 * header + (row + 1) * (side + GAP) - header
         draw.text((2, top + side // 2), _short(distilled.classes[c], 84), fill="black")
@@ -105,7 +106,7 @@ text-align:left}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
 {len(distilled):,} instances.</p>
 <img alt="base images, compensators and instances" src="data:image/png;base64,{preview}">
 <h2>Students</h2>
-{_html_table(distilled.card.table or "")}
+{_html_table(card.table or "")}
 <h2>Tasks</h2>
 <table><tr><th>teacher</th><th>index</th><th>first loss</th><th>last loss</th></tr>{losses}</table>
 </html>
@@ -130,9 +131,9 @@ def _html_table(markdown: str) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _stretched(distilled: DistilledSet, teacher: int) -> torch.Tensor:
+def _stretched(compensators: Quantised, teacher: int) -> torch.Tensor:
     """The teacher's first compensator, uint8 (3, H, W), around mid-grey and scaled to fill the range."""
-    values, scale, offset = (t[teacher, 0] for t in distilled.compensators)
+    values, scale, offset = (t[teacher, 0] for t in compensators)
     dense = values.float() * scale.float()[:, None, None] + offset.float()[:, None, None]
     strongest = dense.abs().max().clamp(min=1e-6)
     return ((dense / strongest + 1) * 127.5).round().to(torch.uint8)

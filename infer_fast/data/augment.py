@@ -125,8 +125,10 @@ def finish(
     box: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MixUp or CutMix of augmented images (B, 3, H, W) and targets (B, C)."""
-    images = mixed(images, weight, partner) if box is None else pasted(images, partner, box)
-    return images, mixed(targets, weight, partner)
+    targets = mixed(targets, weight, partner)
+    if box is None or partner is None:
+        return mixed(images, weight, partner), targets
+    return pasted(images, partner, box), targets
 
 
 def mixed(values: torch.Tensor, weight: torch.Tensor | None, partner: torch.Tensor | None) -> torch.Tensor:

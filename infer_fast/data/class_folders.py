@@ -62,7 +62,7 @@ def read_test_folders(
     names = tuple(f.name for f in folders)
     if classes is None or set(names) <= set(classes):
         by_name = {f.name: f for f in folders}
-        ordered = [by_name.get(name) for name in classes or names]
+        ordered: Sequence[Path | None] = [by_name.get(name) for name in classes or names]
     elif len(names) == len(classes):
         ordered = folders
     else:
@@ -191,7 +191,7 @@ def _read_listed(
 
 def _words(path: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
     """The first word of each wnid, if Tiny-ImageNet's or ImageNet's list is there, has them all, and they differ."""
-    words = {}
+    words: dict[str, str] = {}
     for name, separator in (("words.txt", "\t"), ("LOC_synset_mapping.txt", " ")):
         lines = (path / name).read_text().splitlines() if (path / name).is_file() else []
         words |= {wnid: names.split(",")[0].strip() for wnid, _, names in (line.partition(separator) for line in lines)}

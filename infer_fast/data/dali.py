@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from infer_fast.data.augment import Augmentation, Sampling
-from infer_fast.data.pixels import AS_STORED, Pixels
+from infer_fast.data.pixels import AS_STORED
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import FileSet, ResidentSet
 from infer_fast.errors import InferFastError
@@ -56,7 +56,7 @@ def resident_batches(resident: ResidentSet, sampling: Sampling, *, workers: int 
             images = fn.slice(
                 images, start=start, shape=resident.size, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
             )
-        return _normalised(fn, types, images, resident.pixels, augmentation.flip)
+        return _normalised(fn, types, images, *resident.pixels, augmentation.flip)
 
     for (images,) in _run(augment, sampling.batch_size, resident.base.device, seed, workers):
         yield images, *waiting.popleft()
@@ -129,8 +129,8 @@ def _decoded(
     def decode(fn: ModuleType, types: ModuleType, where: str):
         files = fn.external_source(source=encoded(), batch=True, dtype=types.UINT8, ndim=1)
         images = view(fn, types, files, "mixed" if where == "gpu" else "cpu")
-        levels = Pixels(*(tuple(255 * v for v in values) for values in source.pixels))
-        return _normalised(fn, types, images, levels, flip)
+        mean, std = ([255 * v for v in values] for values in source.pixels)
+        return _normalised(fn, types, images, mean, std, flip)
 
     try:
         for (images,) in _run(decode, len(spans[0]), device, seed, workers):
@@ -143,10 +143,10 @@ def _decoded(
         raise InferFastError(f"{broken} is no image that can be decoded: remove or replace it.") from error
 
 
-def _normalised(fn: ModuleType, types: ModuleType, images, pixels: Pixels, flip: bool):
+def _normalised(fn: ModuleType, types: ModuleType, images, mean: Sequence[float], std: Sequence[float], flip: bool):
     mirror = fn.random.coin_flip() if flip else 0
     return fn.crop_mirror_normalize(
-        images, mirror=mirror, mean=list(pixels.mean), std=list(pixels.std), output_layout="CHW", dtype=types.FLOAT
+        images, mirror=mirror, mean=list(mean), std=list(std), output_layout="CHW", dtype=types.FLOAT
     )
 
 

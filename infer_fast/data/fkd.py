@@ -81,9 +81,10 @@ def replay(
                     return
             epoch += 1
 
-    def make(*batch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        *draw, logits = batch
-        return composer(*draw)[0], logits
+    def make(positions: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        *draw, logits = others
+        assert logits is not None  # read_epoch ends each batch with them
+        return composer(positions, *draw)[0], logits
 
     return stored(), make
 

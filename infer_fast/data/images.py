@@ -137,8 +137,8 @@ class ImageDataset:
 
     def to(self, device: torch.device) -> ImageDataset:
         """The same dataset with its tensors on `device`."""
-        moved = [split.to(device) for split in (self.train, self.test)]
-        result = ImageDataset(self.name, *moved, self.classes, self.pixels)
+        train, test = self.train.to(device), self.test.to(device)
+        result = ImageDataset(self.name, train, test, self.classes, self.pixels)
         result.__dict__["fingerprint"] = self.fingerprint
         return result
 

@@ -34,14 +34,13 @@ def _sent(draws: list[Draw], device: torch.device) -> Iterator[Draw]:
     """Draws of batches of one size, sent to the device in one piece per field."""
     if not draws:
         return
-    stacked = []
-    for parts in zip(*draws, strict=True):
-        whole = None if parts[0] is None else torch.stack(parts)
-        if whole is not None and device.type == "cuda":
-            whole = whole.pin_memory().to(device, non_blocking=True)
-        stacked.append(whole)
+    stacked = {}
+    for name, parts in zip(Draw._fields, zip(*draws, strict=True), strict=True):
+        if parts[0] is not None:
+            whole = torch.stack(parts)
+            stacked[name] = whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole
     for i in range(len(draws)):
-        yield Draw(*(None if whole is None else whole[i] for whole in stacked))
+        yield Draw(**{name: whole[i] for name, whole in stacked.items()})
 
 
 @dataclass(frozen=True)
@@ -55,27 +54,28 @@ class Composer:
     resident: ResidentSet
     backend: str | None = None
 
-    def __call__(self, *drawn: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, positions: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of a Draw's parts, in its order."""
-        own, d = self.resident, Draw(*drawn)
-        mixes = d.weight is not None and d.box is None and d.crop is None  # later after a resized crop or CutMix
+        own, d = self.resident, Draw(positions, *others)
+        # With the batch; after a resized crop or CutMix, which come later, `finish` mixes.
+        weight = d.weight if d.box is None and d.crop is None else None
         index = own.compensator_index
         images = compose(
             own.base,
-            own.base_index[d.positions],
+            own.base_index[positions],
             own.compensators,
-            None if index is None else index[d.positions],
+            None if index is None else index[positions],
             shift=d.shift,
             flip=d.flip if d.crop is None else None,
-            lam=d.weight.expand(len(d.positions)) if mixes else None,
-            partner=d.partner if mixes else None,
+            lam=None if weight is None else weight.expand(len(positions)),
+            partner=None if weight is None else d.partner,
             mean=own.pixels.mean,
             std=own.pixels.std,
             backend=self.backend,
         )
         if d.crop is not None:
             images = resized_crop(images, d.crop, d.flip)
-        targets = own.targets_at(d.positions)
-        if mixes:
-            return images, mixed(targets, d.weight, d.partner)
+        targets = own.targets_at(positions)
+        if weight is not None:
+            return images, mixed(targets, weight, d.partner)
         return finish(images, targets, d.weight, d.partner, d.box)

@@ -49,14 +49,15 @@ class ResidentSet:
 
     def to(self, device: torch.device) -> ResidentSet:
         """The same set on `device`."""
-        moved = {
-            name: None if value is None else value.to(device)
-            for name, value in vars(self).items()
-            if value is None or isinstance(value, torch.Tensor)
-        }
-        if self.compensators is not None:
-            moved["compensators"] = Quantised(*(t.to(device) for t in self.compensators))
-        return replace(self, **moved)
+        compensators, index = self.compensators, self.compensator_index
+        return replace(
+            self,
+            base=self.base.to(device),
+            base_index=self.base_index.to(device),
+            compensators=None if compensators is None else Quantised(*(t.to(device) for t in compensators)),
+            compensator_index=None if index is None else index.to(device),
+            targets=self.targets.to(device),
+        )
 
 
 @dataclass(frozen=True)

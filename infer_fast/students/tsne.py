@@ -16,7 +16,7 @@ from torch import nn
 from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
 from infer_fast.extras import require
-from infer_fast.files import write_atomically
+from infer_fast.files import write_bytes
 from infer_fast.models.train import predict
 from infer_fast.progress import stage
 from infer_fast.students.candidates import Evaluation, candidates
@@ -85,5 +85,5 @@ def draw(networks: Mapping[str, nn.Module], dataset: ImageDataset, path: Path, s
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     plt.close(figure)
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    write_bytes(path, buffer.getvalue())
     return path

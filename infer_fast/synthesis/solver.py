@@ -82,8 +82,11 @@ def solve(
     Returns the compensators, float32 (L, 3, H, W), or in image mode the images, float32 (L, C, 3, H, W).
     Raises NonFiniteLossError when a lane diverged (the others are in it), InferFastError for arguments that don't fit.
     """
-    chosen = Execution(**{name: "auto" if value is None else value for name, value in execution.items()})
-    return Solver(teacher, settings=settings, execution=chosen).solve(base, views, targets)
+    return Solver(teacher, settings=settings, execution=_execution(**execution)).solve(base, views, targets)
+
+
+def _execution(precision: str = "auto", engine: str = "auto", backend: str | None = None) -> Execution:
+    return Execution(precision, engine, backend or "auto")
 
 
 class Solver:
@@ -126,11 +129,13 @@ class Solver:
         if targets is None:
             targets = torch.arange(base.shape[1], device=base.device)
         if views is None:
-            size = tuple(base.shape[-2:])
-            drawn = {"iterations": settings.iterations, "jitter": settings.jitter, "size": size}
-            views = draw_views(settings.seed, 0, list(range(count)), **drawn)
+            size, iterations = (base.shape[3], base.shape[4]), settings.iterations
+            views = draw_views(
+                settings.seed, 0, list(range(count)), iterations=iterations, jitter=settings.jitter, size=size
+            )
         views = views.to(base.device)
-        done, results, failures = 0, [], {}
+        done, results = 0, []
+        failures: dict[int, int] = {}
         while done < count:
             # adjusted weights serve one task alone
             lanes = range(done, min(count, done + (1 if settings.steps else self.lanes or count)))

@@ -40,7 +40,8 @@ class Views:
 
     def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Views:
         """function of every draw that there is."""
-        return Views(*(None if t is None else function(t) for t in (self.shift, self.crop, self.flip)))
+        crop, flip = (None if t is None else function(t) for t in (self.crop, self.flip))
+        return Views(function(self.shift), crop, flip)
 
     def to(self, device: torch.device) -> Views:
         return self.each(lambda t: t.to(device))
