@@ -1,7 +1,5 @@
 """The training step: losses against their formulas, schedules, and learning something."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -11,24 +9,12 @@ from infer_fast.data.images import Split
 from infer_fast.data.loader import feed
 from infer_fast.data.pixels import Pixels
 from infer_fast.data.sets import resident_split
-from infer_fast.errors import InferFastError, InferFastWarning
-from infer_fast.models import build, execution
-from infer_fast.models.execution import Execution, choose_precision
+from infer_fast.errors import InferFastError
+from infer_fast.models import build
+from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher
 from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict, soft_loss
 from infer_fast.students.labels import dynamic_labels
-
-
-@pytest.mark.parametrize("supported", [True, False])
-def test_fast_is_bfloat16_where_the_processor_has_it(monkeypatch, supported):
-    monkeypatch.setattr(execution, "processor_has_bfloat16", lambda: supported)
-    cpu = torch.device("cpu")
-    assert choose_precision(cpu, "fast") == ("bfloat16" if supported else "float32")
-    assert choose_precision(cpu, "auto") == "float32" and choose_precision(torch.device("cuda"), "fast") == "bfloat16"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert choose_precision(cpu, "bfloat16") == "bfloat16"  # asked for by name: it is done
-    assert [w.category for w in caught] == [InferFastWarning] * (not supported)
 
 
 def test_soft_loss_is_kl_of_tempered_softmaxes_without_t_squared(generator):

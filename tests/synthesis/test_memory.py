@@ -1,8 +1,11 @@
 """What fits, and the lanes and chunks that follow from it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from infer_fast.files import write_json
 from infer_fast.models import build
 from infer_fast.synthesis import memory
 
@@ -41,3 +44,18 @@ def test_lanes_fill_the_device_and_fit_its_memory(monkeypatch, free, expected):
     teacher = build("convnet", 100, (32, 32), seed=0)
     assert memory.choose_lanes(teacher, 100, (32, 32), "float32", most=9) == expected
     assert memory.choose_lanes(teacher, 100, (8, 8), "float32", most=9)[0] == (9 if free > 10**6 else 1)
+
+
+def test_a_run_goes_on_in_the_room_it_began_with(tmp_path, monkeypatch):
+    """What was asked for, else what is kept for the same demand, else what fits."""
+    fitting = iter([(3, None), (1, 20), (2, None), (2, None)])
+    monkeypatch.setattr(memory, "choose_lanes", lambda *_: next(fitting))
+    demand = memory.Demand(("convnet", "convnet-silu"), 4, 100, (8, 8), 10, "compensator", "auto")
+    room = memory.find_room(demand, CPU, tmp_path)
+    assert (room.lanes, room.chunks) == ([3, 1], [None, 20])
+    write_json(tmp_path / memory.ROOM, room._asdict())
+    assert memory.find_room(demand, CPU, tmp_path) == room
+    assert memory.find_room(demand, CPU, tmp_path, lanes=5).lanes == [5, 5]
+    assert memory.find_room(demand, CPU, tmp_path, chunk=7).chunks == [7, 7]
+    assert memory.find_room(replace(demand, most=50), CPU, tmp_path).chunks == [50, 20]
+    assert memory.find_room(replace(demand, precision="bfloat16"), CPU, tmp_path).lanes == [2, 2]
