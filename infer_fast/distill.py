@@ -103,12 +103,90 @@ class DistillOptions:
 class Job:
     """A run of the main job that is decided and not begun: on which data, by which recipe, in which batches."""
 
+    options: DistillOptions
     recipe_name: str
     recipe: Recipe
     dataset: ImageDataset
     folder: Path
     room: Room
     plan: Plan
+
+    @property
+    def origin(self) -> Origin:
+        """Where its teachers come from."""
+        recipe, given = self.recipe, self.options.arch_path[: self.options.M]
+        return Origin(recipe.squeeze, recipe.synthesis.seed, given, recipe.arch_weights)
+
+    @property
+    def wanted(self) -> range:
+        """The task indices to solve here."""
+        last = self.plan.k if self.options.ipc_end is None else min(self.options.ipc_end, self.plan.k)
+        return range(self.options.ipc_start, last)
+
+    def synthesis(self, teachers: list[Teacher], base: torch.Tensor) -> Synthesis:
+        """All of its tasks."""
+        execution = self.options.execution.on(self.dataset.device)
+        return Synthesis(self.plan, teachers, base, self.recipe.synthesis, execution, self.room.chunks)
+
+    def evaluation(self, distilled: DistilledSet, teachers: list[Teacher]) -> Evaluation:
+        """What its students judge."""
+        recipe = self.recipe
+        return Evaluation(
+            distilled,
+            self.dataset,
+            teachers,
+            recipe.student,
+            recipe.ipc,
+            recipe.compare,
+            recipe.seeds,
+            recipe.synthesis.seed,
+            store=self.folder / STORE,
+            labels_folder=self.folder,
+        )
+
+    def card(self, work: Synthesis, results: Results, distilled: DistilledSet, seconds: dict[str, float]) -> Card:
+        """What is known of the set before students have judged it."""
+        dataset, plan, how, options = self.dataset, self.plan, work.execution, self.options
+        device, whole = dataset.device, dataset.train.nbytes
+        return Card(
+            recipe_name=self.recipe_name,
+            recipe=self.recipe,
+            dataset=DatasetCard(
+                name=dataset.name,
+                classes=dataset.classes,
+                mean=dataset.pixels.mean,
+                std=dataset.pixels.std,
+                size=dataset.size,
+                training_images=len(dataset.train),
+                test_images=len(dataset.test),
+                fingerprint=dataset.fingerprint,
+                data_path=None if options.data_path is None else str(options.data_path),
+                val_dir=None if options.val_dir is None else str(options.val_dir),
+                image_size=options.image_size,
+            ),
+            teachers=tuple(
+                TeacherCard(t.name, t.accuracy, t.sha256, os.path.relpath(t.path, self.folder)) for t in work.teachers
+            ),
+            k=plan.k,
+            ipc=plan.ipc,
+            bytes=ByteCard(
+                images=distilled.image_bytes,
+                budget=plan.budget_bytes,
+                labels=distilled.label_bytes,
+                dataset=whole,
+                ratio=whole / distilled.image_bytes,
+            ),
+            tasks=tuple(
+                TaskCard(plan.teachers[m], j, losses[0], losses[-1])
+                for (m, j, _), losses in sorted((task, result.losses) for task, result in results.items())
+            ),
+            how=ExecutionCard(
+                how.precision, how.engine, how.backend, device.type, tuple(self.room.lanes), tuple(self.room.chunks)
+            ),
+            versions=VersionCard(infer_fast.__version__, torch.__version__, platform.python_version()),
+            device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            seconds=seconds,
+        )
 
 
 def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
@@ -125,23 +203,24 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
             return []
         base = base_images(job.dataset, job.recipe.synthesis, job.plan, options.init_path)
     with clock.stage("squeeze"):
-        teachers = squeeze(job.dataset, job.recipe.arch_name, _origin(options, job), options.syn_data_path / "teachers")
+        teachers = squeeze(job.dataset, job.recipe.arch_name, job.origin, options.syn_data_path / "teachers")
     with clock.stage("synthesis"):
-        work = _synthesis(options, job, teachers, base)
-        results = synthesise(work, job.folder, _wanted(options, job))
+        write_json(job.folder / ROOM, job.room._asdict())  # the run goes on in the room it was planned for
+        work = job.synthesis(teachers, base)
+        results = synthesise(work, job.folder, job.wanted)
     if results is None:
-        done = _wanted(options, job)
+        done = job.wanted
         print(f"Tasks {done.start}..{done.stop - 1} are solved; run the others, then once without a range.")
         return []
     with clock.stage("relabel"):
         distilled = relabel(assemble(job.plan, base, results, job.dataset), teachers)
         distilled.save(job.folder)
-    card = replace(_card(options, job, work, results, distilled), seconds=clock.seconds)
+    card = job.card(work, results, distilled, clock.seconds)
     if options.store_best_images:
         export(distilled, job.folder / "images", "jpg")
     _publish(card, job.folder)
     with clock.stage("validate"):
-        evaluation = _evaluation(job, distilled, teachers)
+        evaluation = job.evaluation(distilled, teachers)
         rows = validate(evaluation)
     text = present(evaluation, rows, job.folder, log)
     _publish(replace(card, table=text, results=tuple(rows)), job.folder)
@@ -150,59 +229,28 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
 
 
 def decide(options: DistillOptions, recipe_name: str) -> Job:
-    """What the options ask for, settled: the dataset on its device, the recipe filled in, the plan of the tasks."""
+    """What the options ask for, settled: the dataset on its device, the recipe filled in, the plan of the tasks.
+
+    Raises InferFastError for what can't be had, students and loaders included, before any of the work.
+    """
     dataset = _dataset(options)
     recipe = _with_statistics(first_teachers(options), dataset)
-    folder = options.syn_data_path / (options.exp_name or recipe_name)
-    classes, settings = len(dataset.classes), recipe.synthesis
-    shared = settings.optimise == "compensator"  # by all classes: batch_size is then that of one pass
-    check_students(recipe.student, classes, dataset.size)
+    check_students(recipe.student, len(dataset.classes), dataset.size)
     check_loader(recipe.squeeze.loader)
-    demand = Demand(
-        recipe.arch_name,
-        classes,
-        classes if shared else min(settings.batch_size, classes),
-        dataset.size,
-        recipe.ipc,
-        settings.optimise,
-        options.precision,
-        settings.batch_size if shared and settings.batch_size > 0 else None,
-    )
+    folder = options.syn_data_path / (options.exp_name or recipe_name)
+    demand = _demand(recipe, dataset, options.precision)
     room = find_room(demand, dataset.device, folder, options.lanes, options.chunk)
-    return Job(recipe_name, recipe, dataset, folder, room, make_plan(recipe, classes, dataset.size, room.lanes))
+    plan = make_plan(recipe, len(dataset.classes), dataset.size, room.lanes)
+    return Job(options, recipe_name, recipe, dataset, folder, room, plan)
 
 
-def _origin(options: DistillOptions, job: Job) -> Origin:
-    recipe = job.recipe
-    return Origin(recipe.squeeze, recipe.synthesis.seed, options.arch_path[: options.M], recipe.arch_weights)
-
-
-def _synthesis(options: DistillOptions, job: Job, teachers: list[Teacher], base: torch.Tensor) -> Synthesis:
-    """The tasks; the room they were planned for is kept with the run, which goes on as it began."""
-    write_json(job.folder / ROOM, job.room._asdict())
-    execution = options.execution.on(job.dataset.device)
-    return Synthesis(job.plan, teachers, base, job.recipe.synthesis, execution, job.room.chunks)
-
-
-def _wanted(options: DistillOptions, job: Job) -> range:
-    """The task indices to solve here."""
-    return range(options.ipc_start, job.plan.k if options.ipc_end is None else min(options.ipc_end, job.plan.k))
-
-
-def _evaluation(job: Job, distilled: DistilledSet, teachers: list[Teacher]) -> Evaluation:
-    recipe = job.recipe
-    return Evaluation(
-        distilled,
-        job.dataset,
-        teachers,
-        recipe.student,
-        recipe.ipc,
-        recipe.compare,
-        recipe.seeds,
-        recipe.synthesis.seed,
-        store=job.folder / STORE,
-        labels_folder=job.folder,
-    )
+def _demand(recipe: Recipe, dataset: ImageDataset, precision: str) -> Demand:
+    """A compensator is shared by all classes, and batch_size are then the images of one pass."""
+    settings, classes = recipe.synthesis, len(dataset.classes)
+    shared = settings.optimise == "compensator"
+    images = classes if shared else min(settings.batch_size, classes)
+    most = settings.batch_size if shared and settings.batch_size > 0 else None
+    return Demand(recipe.arch_name, classes, images, dataset.size, recipe.ipc, settings.optimise, precision, most)
 
 
 def _publish(card: Card, folder: Path) -> None:
@@ -237,50 +285,6 @@ def _with_statistics(recipe: Recipe, dataset: ImageDataset) -> Recipe:
     settings = recipe.synthesis
     filled = replace(settings, mean=settings.mean or dataset.pixels.mean, std=settings.std or dataset.pixels.std)
     return replace(recipe, synthesis=filled)
-
-
-def _card(options: DistillOptions, job: Job, work: Synthesis, results: Results, distilled: DistilledSet) -> Card:
-    dataset, plan, how = job.dataset, job.plan, work.execution
-    device, whole = dataset.device, dataset.train.nbytes
-    return Card(
-        recipe_name=job.recipe_name,
-        recipe=job.recipe,
-        dataset=DatasetCard(
-            name=dataset.name,
-            classes=dataset.classes,
-            mean=dataset.pixels.mean,
-            std=dataset.pixels.std,
-            size=dataset.size,
-            training_images=len(dataset.train),
-            test_images=len(dataset.test),
-            fingerprint=dataset.fingerprint,
-            data_path=None if options.data_path is None else str(options.data_path),
-            val_dir=None if options.val_dir is None else str(options.val_dir),
-            image_size=options.image_size,
-        ),
-        teachers=tuple(
-            TeacherCard(t.name, t.accuracy, t.sha256, os.path.relpath(t.path, job.folder)) for t in work.teachers
-        ),
-        k=plan.k,
-        ipc=plan.ipc,
-        bytes=ByteCard(
-            images=distilled.image_bytes,
-            budget=plan.budget_bytes,
-            labels=distilled.label_bytes,
-            dataset=whole,
-            ratio=whole / distilled.image_bytes,
-        ),
-        tasks=tuple(
-            TaskCard(plan.teachers[m], j, losses[0], losses[-1])
-            for (m, j, _), losses in sorted((task, result.losses) for task, result in results.items())
-        ),
-        how=ExecutionCard(
-            how.precision, how.engine, how.backend, device.type, tuple(job.room.lanes), tuple(job.room.chunks)
-        ),
-        versions=VersionCard(infer_fast.__version__, torch.__version__, platform.python_version()),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        seconds={},
-    )
 
 
 @dataclass(frozen=True)

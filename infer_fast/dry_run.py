@@ -15,8 +15,8 @@ from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.fkd import epoch_bytes
 from infer_fast.data.images import ImageDataset
 from infer_fast.models import MatchedTeacher, build
+from infer_fast.models.teacher import Teacher
 from infer_fast.recipes import DATASETS, RECIPES, Recipe, StudentSettings
-from infer_fast.squeeze import Teacher
 from infer_fast.students.candidates import DISTILLED, epochs_of, kinds
 from infer_fast.synthesis.memory import Room
 from infer_fast.synthesis.plan import Plan, make_plan

@@ -16,9 +16,8 @@ import torch
 
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
-from infer_fast.models.teacher import device_of
+from infer_fast.models.teacher import Teacher, device_of, load_teacher
 from infer_fast.progress import stage
-from infer_fast.squeeze import Teacher, load_teacher
 from infer_fast.students.labels import averaged_logits, record_labels
 
 
