@@ -1,25 +1,27 @@
-"""The loop: Adam on the objective of infer_fast.synthesis.problem, several tasks of one teacher per batch."""
+"""The loop: iterations of infer_fast.synthesis.iteration under an engine, several tasks of one teacher per batch."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
-from typing_extensions import TypedDict, Unpack
 
 from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
 from infer_fast.models.engine import capture, compiled, compiling
 from infer_fast.models.execution import AUTO, Execution
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.recipes import SynthesisSettings
+from infer_fast.synthesis.iteration import AdamState, adam_step, iterate, start_state
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views
 
-BETA1, BETA2, EPSILON = 0.5, 0.9, 1e-8
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 has none
+
 LOG_EVERY = 50  # iterations between two reads of the loss buffer
 
 OnIteration = Callable[[range, int, torch.Tensor], None]
@@ -35,23 +37,6 @@ class NonFiniteLossError(InferFastError):
         self.failures, self.result = failures, result
         where = ", ".join(f"lane {lane} at iteration {iteration}" for lane, iteration in sorted(failures.items()))
         super().__init__(f"The loss became NaN or infinite in {where}: lower --lr or --r-bn.")
-
-
-@dataclass
-class AdamState:
-    """Everything one iteration reads and writes; all on the device, indexed by a device counter.
-
-    optimised, m, v: float32, what is optimised and Adam's moments; lr: float32 (T,); views: T iterations of L lanes;
-    losses: float32 (T, L); counter: int64 (1,), the iterations done.
-    """
-
-    optimised: torch.Tensor
-    m: torch.Tensor
-    v: torch.Tensor
-    lr: torch.Tensor
-    views: Views
-    losses: torch.Tensor
-    counter: torch.Tensor
 
 
 class ExecutionOptions(TypedDict, total=False):
@@ -273,61 +258,6 @@ class Loop:
         state.optimised.copy_(self.problem.start())
         for tensor in (state.m, state.v, state.losses, state.counter):
             tensor.zero_()
-
-
-def start_state(problem: Problem, views: Views) -> AdamState:
-    """Adam at rest, with the schedule and the views laid out on the device."""
-    optimised = problem.start()
-    device, settings = optimised.device, problem.settings
-    return AdamState(
-        optimised=optimised,
-        m=torch.zeros_like(optimised),
-        v=torch.zeros_like(optimised),
-        lr=torch.tensor(cosine(settings.lr, settings.iterations), device=device),
-        views=views.each(torch.clone),
-        losses=torch.zeros(settings.iterations, len(optimised), device=device),
-        counter=torch.zeros(1, dtype=torch.int64, device=device),
-    )
-
-
-def zero_unless_finite(gradient: torch.Tensor) -> torch.Tensor:
-    """A lane whose gradient is not finite stays where it was: it can't disturb anything it shares memory with."""
-    finite = gradient.flatten(1).isfinite().all(dim=1).view(-1, *[1] * (gradient.dim() - 1))
-    return torch.where(finite, gradient, torch.zeros((), device=gradient.device))
-
-
-def adam_step(
-    optimised: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
-    gradient: torch.Tensor,
-    lr: torch.Tensor,
-    counter: torch.Tensor,
-) -> None:
-    """Adam (arXiv 1412.6980, algorithm 1) with betas 0.5, 0.9 and iteration counter's learning rate, in place.
-
-    All as in AdamState.
-    """
-    time = (counter + 1).to(torch.float32)
-    m.lerp_(gradient, 1 - BETA1)
-    v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    corrected = (v / (1 - BETA2**time)).sqrt_().add_(EPSILON)
-    optimised.sub_(m / (1 - BETA1**time) * lr.index_select(0, counter) / corrected)
-
-
-def iterate(problem: Problem, state: AdamState, adam: Callable = adam_step) -> None:
-    """One iteration: view, forward, penalty, backward, Adam, clamp. Nothing here waits for the device."""
-    loss, gradient = problem.loss_and_gradient(state.optimised, state.views.at(state.counter))
-    with torch.no_grad():
-        state.losses.index_copy_(0, state.counter, loss.unsqueeze(0))
-        adam(state.optimised, state.m, state.v, zero_unless_finite(gradient), state.lr, state.counter)
-        problem.clamp_(state.optimised)
-        state.counter += 1
-
-
-def cosine(lr: float, iterations: int) -> list[float]:
-    """lr_t = lr * (1 + cos(pi t / T)) / 2 for t = 0..T-1."""
-    return [lr * (1 + math.cos(math.pi * t / iterations)) / 2 for t in range(iterations)]
 
 
 def failed_lanes(losses: torch.Tensor) -> dict[int, int]:
