@@ -62,6 +62,7 @@ def test_running_again_keeps_the_bytes_and_does_no_work(finished, copied_run, ca
     assert first == second
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_synthesis_and_run_again_gives_the_same_bytes(tmp_path, run_module, small_flags):
     """SIGKILL once the first task is on the disk, as long as others are not."""
     flags = [f for f in small_flags if not f.startswith(("--iteration", "--lanes"))] + ["--iteration=60", "--lanes=1"]
@@ -83,6 +84,7 @@ def test_killed_in_the_middle_of_synthesis_and_run_again_gives_the_same_bytes(tm
     assert (killed / "distilled.safetensors").read_bytes() == (whole / "distilled.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_ranges_of_tasks_together_equal_one_run(tmp_path, call_module, small_flags):
     flags = [f.replace("--lanes=2", "--lanes=1") for f in small_flags]
     whole = call_module("distill", *flags, "--compare=none", "--exp-name=whole")
@@ -95,6 +97,7 @@ def test_ranges_of_tasks_together_equal_one_run(tmp_path, call_module, small_fla
     assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.slow
 def test_lanes_change_nothing_but_rounding(tmp_path, call_module, small_flags):
     for lanes in (1, 3):
         flags = [f"--lanes={lanes}" if f.startswith("--lanes") else f for f in small_flags]
@@ -107,6 +110,7 @@ def test_lanes_change_nothing_but_rounding(tmp_path, call_module, small_flags):
         assert (alone - together).norm() / alone.norm() < 1e-4
 
 
+@pytest.mark.slow
 def test_given_base_images_are_kept(tmp_path, call_module, small_flags, generator):
     (tmp_path / "init").mkdir()
     given = torch.randint(0, 256, (10, 3, 3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -124,6 +128,7 @@ def test_given_base_images_are_kept(tmp_path, call_module, small_flags, generato
     assert "can be loaded safely" in call_module("distill", *flags).stderr
 
 
+@pytest.mark.slow
 def test_image_mode_goes_the_whole_way(tmp_path, call_module, small_flags):
     """SRe2L's point (images, from noise) with DWA's adjusted weights: nothing but flags."""
     done = call_module(
@@ -149,6 +154,7 @@ def test_imported_teachers_are_used_and_measured(tmp_path, finished, call_module
     assert f"test accuracy {card['accuracy']:.2f} %" in done.stderr
 
 
+@pytest.mark.slow
 def test_base_images_can_be_class_folders_and_teachers_the_first_of_those_named(tmp_path, call_module, small_flags):
     for c in range(10):
         (tmp_path / "init" / f"{c}").mkdir(parents=True)
@@ -166,6 +172,7 @@ def test_base_images_can_be_class_folders_and_teachers_the_first_of_those_named(
     assert missing.returncode == 1 and "9 class folders for 10 classes: none for '7'" in missing.stderr
 
 
+ALONE = "forced backend"  # in a process of its own, without Triton's interpreter
 BAD = {
     "unknown recipe": (["nonsense"], 2, "not a recipe"),
     "unknown flag": (["--no-such-flag"], 2, "no-such-flag"),
@@ -176,7 +183,7 @@ BAD = {
     "ipc too large": (["--ipc=1000"], 1, "fewer than the"),
     "diverging": (["--lr=1e38"], 1, "The loss became NaN or infinite in teacher convnet, index 0, iteration"),
     "missing checkpoints": (["--arch-path", "a.pth"], 1, "1 checkpoints were given for 2 teachers"),
-    "forced backend": (["--backend=triton"], 1, "triton backend was asked for but can't serve"),
+    ALONE: (["--backend=triton"], 1, "triton backend was asked for but can't serve"),
     "more teachers than named": (["--M=3"], 1, "--M 3: there are 2 teachers (convnet, convnet-silu)"),
     "no wandb": (["--wandb-name=mine"], 1, "--wandb-name needs the package wandb"),
     "no such weights": (["--arch-weights=V9"], 1, "convnet"),
@@ -184,10 +191,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c == ALONE else []) for c in BAD])
 def test_bad_input_is_one_sentence_and_an_exit_code(run_module, call_module, small_flags, case):
     flags, code, words = BAD[case]
-    run = run_module if case == "forced backend" else call_module  # a process of its own, without Triton's interpreter
+    run = run_module if case == ALONE else call_module
     done = run("distill", *(flags if case == "unknown recipe" else [*small_flags, *flags]))
     assert done.returncode == code, done.stderr
     assert words in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
@@ -195,6 +202,7 @@ def test_bad_input_is_one_sentence_and_an_exit_code(run_module, call_module, sma
         assert sum(line.startswith("infer_fast: ") for line in done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(run_module, small_flags):
     done = run_module("distill", *small_flags, "--data-path=nowhere", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr
@@ -223,6 +231,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, call_module):
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["teachers"]
 
 
+@pytest.mark.slow
 def test_underscores_and_hyphens_are_alike(run_module):
     first, second = (
         run_module("distill", "--dry-run", f"--{flag}=3") for flag in ("first-bn-multiplier", "first_bn_multiplier")
@@ -230,6 +239,7 @@ def test_underscores_and_hyphens_are_alike(run_module):
     assert first.returncode == second.returncode == 0
 
 
+@pytest.mark.slow
 def test_help_shows_settings_with_defaults(run_module):
     done = run_module("distill", "--help")
     assert done.returncode == 0
@@ -247,6 +257,7 @@ def test_help_shows_settings_with_defaults(run_module):
     assert "default: 150" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_list_names_every_recipe_with_its_tasks_and_bytes(run_module):
     done = run_module("distill", "--list")
     assert done.returncode == 0, done.stderr
@@ -255,6 +266,7 @@ def test_the_list_names_every_recipe_with_its_tasks_and_bytes(run_module):
     assert lines["cifar100-infer-ipc10"][3:8] == ["36", "1000", "9", "2,875,824", "900,000"]
 
 
+@pytest.mark.slow
 def test_what_a_run_began_with_is_kept_and_can_be_overruled(tmp_path, call_module, small_flags):
     flags = [f for f in small_flags if not f.startswith("--lanes")]
     done = call_module("distill", *flags, "--compare=none")
@@ -283,6 +295,7 @@ def jpegs(folder, classes, train, val, size=(70, 90)):
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.JPEG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, loader", [("infer", "dali"), ("dwa", "torch"), ("sre2l", "torch")])
 def test_imagenet_recipes_go_the_whole_way_from_files(tmp_path, call_module, method, loader):
     """8 classes of JPEG files through both loaders, 2 iterations, every row of the table."""
@@ -306,6 +319,7 @@ def test_imagenet_recipes_go_the_whole_way_from_files(tmp_path, call_module, met
     assert rows[0]["image_bytes"] <= rows[2]["image_bytes"] == 16 * 3 * 64 * 64
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_of_224_pixels_are_planned_without_decoding_them(tmp_path, call_module):
     jpegs(tmp_path / "data", 1000, 1, 1, size=(24, 24))
     done = call_module("distill", "imagenet-infer-ipc10", "--data-path=data", "--dry-run")

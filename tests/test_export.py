@@ -58,6 +58,7 @@ def test_an_unknown_format_is_an_error(distilled, tmp_path):
         export(distilled, tmp_path, "gif")
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, finished):
     from tests.conftest import run_in
 

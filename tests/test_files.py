@@ -38,6 +38,7 @@ def test_a_failing_writer_leaves_the_old_file_and_no_litter(tmp_path):
     assert read_json(path) == {"old": True} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.slow
 def test_a_real_write_error_is_one_sentence(tmp_path):
     """The operating system itself refuses: files of this process may have 1000 bytes at most."""
     program = (

@@ -1,10 +1,12 @@
 """The picture and the pages."""
 
+import pytest
 from PIL import Image
 
 from infer_fast.files import read_json, write_json
 
 
+@pytest.mark.slow
 def test_preview_card_and_page(run_module, copied_run):
     folder = copied_run
     with Image.open(folder / "preview.png") as picture:

@@ -208,6 +208,7 @@ def test_the_table_has_mean_and_sample_deviation(parts):
     assert f"{last.mean():.2f} ± {last.std():.2f}" in table(rows, 1000) and "n=3" in table(rows, 1000)
 
 
+@pytest.mark.slow
 def test_the_command_line_on_a_finished_run(tmp_path, run_module, copied_run):
     done = run_module(
         "validate", "--syn-data-path", "runs/digits", "--compare=random", "--seeds=2", "--epochs=1",
@@ -228,6 +229,7 @@ def test_the_command_line_on_a_finished_run(tmp_path, run_module, copied_run):
     assert run_module("validate", "--syn-data-path", "nowhere").returncode == 1
 
 
+@pytest.mark.slow
 def test_the_published_flags_of_validation(tmp_path, call_module, copied_run, monkeypatch):
     """--ipc, --M, --teacher-model, --val-dir, --no-resume, --check-ckpt, --wandb-name, relabel --fkd: each does it."""
     shared = ["validate", "--syn-data-path", "runs/digits", "--compare=none", "--seeds=1", "--epochs=1"]
@@ -285,6 +287,7 @@ def test_the_published_flags_of_validation(tmp_path, call_module, copied_run, mo
         assert wrong.returncode == 1 and words in wrong.stderr, wrong.stderr
 
 
+@pytest.mark.slow
 def test_modules_run_without_a_warning():
     for module in ("distill", "validate", "squeeze", "relabel", "report", "export"):
         done = subprocess.run(

@@ -78,6 +78,7 @@ def crops_of(images):
     return torch.stack([heights, widths.abs(), rows.mean(1), columns.mean(1), (widths < 0).float()], dim=1)
 
 
+@pytest.mark.slow
 def test_both_loaders_draw_crops_and_flips_from_the_same_distribution(tmp_path, generator):
     seen = []
     for loader in LOADERS:

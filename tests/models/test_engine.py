@@ -13,6 +13,7 @@ from infer_fast.synthesis.solver import Solver
 from tests.synthesis.test_solver import SETTINGS, teacher_and_base
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(generator):
     network, base = teacher_and_base(generator, lanes=2)
     expected = solve(network, base, settings=SETTINGS, engine="eager")

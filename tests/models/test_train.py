@@ -156,6 +156,7 @@ def test_predict_covers_every_position_once():
     assert logits.flatten().tolist() == list(range(11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2", "efficientnet_b0", "shufflenet_g2", "vgg16",

@@ -88,6 +88,7 @@ def test_that_native_was_not_built_is_said_once_by_the_first_cpu_tensor_it_would
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_an_extension_that_does_not_load_is_said_once_and_breaks_no_import():
     done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

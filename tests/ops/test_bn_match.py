@@ -29,7 +29,7 @@ ACTIVATIONS = ["none", "relu", "relu6", "silu"]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DEVICES = [
     pytest.param(("native", "cpu"), marks=pytest.mark.skipif(native() is None, reason="no compiler"), id="native"),
-    pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
+    pytest.param(("triton", "cpu"), marks=[pytest.mark.interpreter, pytest.mark.slow], id="interpreter"),
     pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
 ]
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-2)}
@@ -206,6 +206,7 @@ def test_registered_operators_pass_opcheck(generator, activation):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native() is None, reason="no compiler")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -313,7 +314,11 @@ def test_arguments_that_do_not_fit_are_named(generator):
 
 
 @pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+    "device",
+    [
+        pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.slow]),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
 )
 @pytest.mark.parametrize("most_whole", [0, 1 << 30], ids=["blocks of channels", "one program a lane"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 70), (3, 150, 9), (1, 2, 5000), (2, 140, 70)])

@@ -11,7 +11,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("native", "cpu"), marks=pytest.mark.skipif(native() is None, reason="no compiler"), id="native"),
-    pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
+    pytest.param(("triton", "cpu"), marks=[pytest.mark.interpreter, pytest.mark.slow], id="interpreter"),
     pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
 ]
 

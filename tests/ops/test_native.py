@@ -77,6 +77,7 @@ def test_every_instruction_set_gives_the_same_answer(generator, as_before, layou
                     assert (a - b).norm() <= tolerance * a.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [*SHAPES, (34, 40, 16, 16)])
 def test_threads_and_writes_past_the_caches_change_no_bit(generator, as_before, layout, shape):
@@ -186,6 +187,7 @@ def call_directly(chooser):
         native().compose(buffers[:11], False, *(number() for _ in range(5)), (0, 0, 0), (1, 1, 1), 1)
 
 
+@pytest.mark.slow
 def test_random_calls_end_in_exceptions_or_answers():
     chooser = random.Random(SEED)
     torch.manual_seed(SEED)
