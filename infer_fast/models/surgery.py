@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
@@ -20,10 +20,18 @@ from infer_fast.ops import bn_match, bn_match_statistics
 from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
 from infer_fast.ops.frozen_conv import frozen_conv2d
 
-MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
-FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.silu: "silu"}
-METHODS = {"relu": "relu", "relu_": "relu"}
-ADDS = {operator.add, operator.iadd, torch.add}
+MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+FUNCTIONS: dict[object, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+}
+METHODS: dict[object, str] = {"relu": "relu", "relu_": "relu"}
+ADDS: set[object] = {operator.add, operator.iadd, torch.add}
+
+Matched = Callable[[nn.BatchNorm2d, str], nn.Module]  # what takes the place of a norm and the activation after it
 
 
 class Pass:
@@ -60,6 +68,9 @@ class MatchedBatchNorm(nn.Module):
     Reports its penalty, times `match_weight`, to the `shared` pass; its input's statistics where that asks for them.
     """
 
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
     def __init__(
         self,
         norm: nn.BatchNorm2d,
@@ -78,32 +89,42 @@ class MatchedBatchNorm(nn.Module):
         self.match_weight, self.r_var, self.backend = match_weight, r_var, backend
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        fits = residual is None or residual.shape == x.shape
+        fused = residual is None or residual.shape == x.shape  # an add that broadcasts stays an add
+        added, activation = (residual, self.activation) if fused else (None, "none")
         batch_norm = (x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        options = {
-            "residual": residual if fits else None,
-            "activation": self.activation if fits else "none",
-            "lanes": self.shared.lanes,
-            "backend": self.backend,
-        }
+        lanes, backend = self.shared.lanes, self.backend
         if self.shared.statistics_only:
-            y, statistics = bn_match_statistics(*batch_norm, **options)
+            y, statistics = bn_match_statistics(
+                *batch_norm, residual=added, activation=activation, lanes=lanes, backend=backend
+            )
             self.shared.statistics.append(statistics)
         else:
-            y, penalty = bn_match(*batch_norm, **options, r_var=self.r_var, whole=self.shared.next_whole())
+            y, penalty = bn_match(
+                *batch_norm,
+                residual=added,
+                activation=activation,
+                lanes=lanes,
+                r_var=self.r_var,
+                whole=self.shared.next_whole(),
+                backend=backend,
+            )
             if self.match_weight:
                 self.shared.penalties.append(penalty if self.match_weight == 1 else self.match_weight * penalty)
-        return y if fits else ACTIVATIONS[self.activation](y + residual)  # an add that broadcasts stays an add
+        return y if fused or residual is None else ACTIVATIONS[self.activation](y + residual)
 
 
 class FrozenConv2d(nn.Module):
     """Takes the place of a Conv2d whose weight is constant; under autocast the weight is cast once and kept."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
+        assert not isinstance(conv.padding, str)  # freeze_convolutions leaves those as they are
         self.register_buffer("weight", conv.weight.detach())
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
-        self.rest = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.rest = (_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
         self.cast: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,6 +140,12 @@ class FrozenConv2d(nn.Module):
         if dtype not in self.cast:
             self.cast[dtype] = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         return self.cast[dtype]
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Of a Conv2d, whose tuples have two numbers each: torch's types don't say so."""
+    rows, columns = sizes
+    return rows, columns
 
 
 class MatchedTeacher(nn.Module):
@@ -177,7 +204,7 @@ class MatchedTeacher(nn.Module):
         return self.shared.end()[1]
 
 
-def fuse(network: nn.Module, matched) -> nn.Module:
+def fuse(network: nn.Module, matched: Matched) -> nn.Module:
     """Puts matched(norm, activation) in the place of every BatchNorm2d and what can be fused with it."""
     if isinstance(network, nn.BatchNorm2d):
         return _without_graph(network, matched)
@@ -186,8 +213,8 @@ def fuse(network: nn.Module, matched) -> nn.Module:
     except Exception:  # control flow that depends on data: fx raises whatever the network's code raised
         return _walk(network, matched)
     traced = fx.GraphModule(network, graph)
-    for node in [n for n in graph.nodes if n.op == "call_module"]:
-        norm = traced.get_submodule(node.target)
+    for node in list(graph.nodes):
+        norm = _called(traced, node)
         if isinstance(norm, nn.BatchNorm2d):
             _fuse_node(traced, node, norm, matched)
     graph.eliminate_dead_code()
@@ -203,23 +230,28 @@ class _Tracer(fx.Tracer):
         return isinstance(module, nn.BatchNorm2d) or super().is_leaf_module(module, name)
 
 
-def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, matched) -> None:
+def _called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls, None if it calls none."""
+    if node.op != "call_module":
+        return None
+    assert isinstance(node.target, str)  # fx calls a module by its name, and a function by itself
+    return traced.get_submodule(node.target)
+
+
+def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, matched: Matched) -> None:
     """Replaces a BatchNorm call, and the add and activation after it, by one call at the place of the last of them."""
-    last, residual, activation = node, None, None
+    last, residual = node, None
     if hasattr(norm, "act"):
-        activation = _own_activation(norm)
+        module = _without_graph(norm, matched)
     else:
         add = _only_user(node)
-        other = _other_summand(add, node)
-        if other is not None:
-            last, residual = add, other
+        if add is not None and (residual := _other_summand(add, node)) is not None:
+            last = add
         follower = _only_user(last)
-        kind = _activation(traced, follower)
-        if kind is not None:
-            last, activation = follower, kind
-    module = matched(norm, activation or "none")
-    if hasattr(norm, "act") and activation is None:
-        module = nn.Sequential(module, getattr(norm, "drop", nn.Identity()), norm.act)
+        activation = None if follower is None else _activation(traced, follower)
+        if follower is not None and activation is not None:
+            last = follower
+        module = matched(norm, activation or "none")
     name = f"matched_{node.name}"
     traced.add_submodule(name, module)
     with traced.graph.inserting_after(last):
@@ -242,62 +274,59 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _other_summand(add: fx.Node | None, node: fx.Node) -> fx.Node | None:
+def _other_summand(add: fx.Node, node: fx.Node) -> fx.Node | None:
     """What `add` adds to `node`, if it is a plain sum of two tensors that overwrites nothing anyone else reads."""
-    if add is None or add.kwargs or len(add.args) != 2 or not all(isinstance(a, fx.Node) for a in add.args):
+    if add.kwargs or len(add.args) != 2:
+        return None
+    first, second = add.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)):  # a number is no residual
         return None
     plain = (add.op == "call_function" and add.target in ADDS) or (
         add.op == "call_method" and add.target in ("add", "add_")
     )
-    if not plain or add.args[0] is add.args[1]:
+    if not plain or first is second:
         return None
     in_place = add.target in (operator.iadd, "add_")
-    other = add.args[1] if add.args[0] is node else add.args[0]
-    if in_place and add.args[0] is other and len(other.users) > 1:
+    other = second if first is node else first
+    if in_place and first is other and len(other.users) > 1:
         return None
     return other
 
 
-def _activation(traced: fx.GraphModule, node: fx.Node | None) -> str | None:
+def _activation(traced: fx.GraphModule, node: fx.Node) -> str | None:
     """The name of the activation that `node` is, or None."""
-    if node is None:
-        return None
     if node.op == "call_module":
-        return MODULES.get(type(traced.get_submodule(node.target)))
+        return MODULES.get(type(_called(traced, node)))
     if node.op == "call_function":
         return FUNCTIONS.get(node.target)
     return METHODS.get(node.target) if node.op == "call_method" else None
 
 
-def _own_activation(norm: nn.BatchNorm2d) -> str | None:
-    """The activation that timm's BatchNormAct2d carries, if it can be fused ("none" for an identity)."""
-    if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
-        return None
-    return "none" if isinstance(norm.act, nn.Identity) else MODULES.get(type(norm.act))
-
-
-def _walk(network: nn.Module, matched) -> nn.Module:
+def _walk(network: nn.Module, matched: Matched) -> nn.Module:
     """Without a graph: every BatchNorm2d is replaced where it stands."""
     for name, child in network.named_children():
         setattr(network, name, _walk(child, matched))
     return _without_graph(network, matched) if isinstance(network, nn.BatchNorm2d) else network
 
 
-def _without_graph(norm: nn.BatchNorm2d, matched) -> nn.Module:
+def _without_graph(norm: nn.BatchNorm2d, matched: Matched) -> nn.Module:
+    """The norm alone, matched; with it the dropout and activation of its own that timm's BatchNormAct2d has."""
     if not hasattr(norm, "act"):
         return matched(norm, "none")
-    activation = _own_activation(norm)
-    if activation is not None:
+    drop, act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+    activation = "none" if isinstance(act, nn.Identity) else MODULES.get(type(act))
+    if isinstance(drop, nn.Identity) and activation is not None:
         return matched(norm, activation)
-    return nn.Sequential(matched(norm, "none"), getattr(norm, "drop", nn.Identity()), norm.act)
+    return nn.Sequential(matched(norm, "none"), drop, act)
 
 
 def freeze_convolutions(network: nn.Module) -> nn.Module:
     """Every plain Conv2d becomes a FrozenConv2d (string or non-zero padding modes stay as they are)."""
     for name, child in network.named_children():
         setattr(network, name, freeze_convolutions(child))
-    plain = type(network) is nn.Conv2d and network.padding_mode == "zeros" and not isinstance(network.padding, str)
-    return FrozenConv2d(network) if plain else network
+    if type(network) is nn.Conv2d and network.padding_mode == "zeros" and not isinstance(network.padding, str):
+        return FrozenConv2d(network)
+    return network
 
 
 def _check(teacher: nn.Module, norms: list[nn.BatchNorm2d], skip_bn: tuple[int, ...]) -> None:
