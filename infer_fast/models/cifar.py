@@ -122,7 +122,8 @@ class EfficientNetB0(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 32, 3, stride=1, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
-        blocks, inputs = [], 32
+        blocks: list[nn.Module] = []
+        inputs = 32
         total = sum(stage[2] for stage in self.STAGES)
         for expansion, outputs, count, kernel, stride in self.STAGES:
             for position in range(count):

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Residual(nn.Module):
         return self.activation(self.norm(self.conv(x)) + x)
 
 
-NORMS = {
+NORMS: dict[str, Callable[[int], nn.Module]] = {
     "instancenorm": lambda channels: nn.GroupNorm(channels, channels),
     "batchnorm": nn.BatchNorm2d,
     "groupnorm": lambda channels: nn.GroupNorm(4, channels),

@@ -14,8 +14,8 @@ iteration and every batch of tasks of the same shape.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import get_args
 
 import torch
@@ -51,13 +51,13 @@ def compiled(teacher: nn.Module, adam_step: Callable) -> Callable:
     return torch.compile(adam_step, dynamic=False)
 
 
-def compiling():
+def compiling() -> AbstractContextManager[object]:
     """The context in which compiled functions are called: many teachers in one process are not a mistake."""
     return torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, accumulated_recompile_limit=RECOMPILATIONS)
 
 
 @contextmanager
-def measured_convolutions():
+def measured_convolutions() -> Iterator[None]:
     """cuDNN measures its algorithms for shapes it has not met, and keeps the fastest ones."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
@@ -67,7 +67,7 @@ def measured_convolutions():
 
 
 @contextmanager
-def side_stream():
+def side_stream() -> Iterator[None]:
     """A stream of its own, in step with the current one: what runs before a capture has to run on one."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -76,7 +76,7 @@ def side_stream():
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def capture(iterate: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+def capture(iterate: Callable[[], object], restore: Callable[[], None]) -> Callable[[], None]:
     """`iterate` as a CUDA graph: call what is returned to run it once more.
 
     restore() puts back what the warm-up changed; iterate must read and write the same tensors each time.
@@ -115,11 +115,13 @@ class Replayed:
             self.graphs[shapes] = self._capture(inputs)
         own, graph = self.graphs[shapes]
         for mine, given in zip(own, inputs, strict=True):
-            if mine is not None:
+            if mine is not None and given is not None:  # both or neither: `shapes` says which
                 mine.copy_(given, non_blocking=True)
         graph.replay()
 
-    def _capture(self, inputs: tuple) -> tuple[list[torch.Tensor | None], torch.cuda.CUDAGraph]:
+    def _capture(
+        self, inputs: tuple[torch.Tensor | None, ...]
+    ) -> tuple[list[torch.Tensor | None], torch.cuda.CUDAGraph]:
         own = [None if t is None else t.clone() for t in inputs]
         graph = torch.cuda.CUDAGraph()
         with measured_convolutions(), torch.cuda.graph(graph):

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -82,7 +82,7 @@ def at_precision(device: torch.device, precision: str) -> Iterator[None]:
 
     precision: one that choose_precision has returned.
     """
-    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    flags: tuple[Any, Any] = torch.backends.cudnn, torch.backends.cuda.matmul  # torch types the flag of neither alike
     before = [f.allow_tf32 for f in flags]
     for f in flags:
         f.allow_tf32 = precision == "tf32"

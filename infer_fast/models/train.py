@@ -167,10 +167,10 @@ def _optimizer(network: nn.Module, schedule: Schedule, *, captured: bool) -> tor
     """captured: the learning rate is a device tensor, so that a CUDA graph reads this epoch's."""
     device = next(network.parameters()).device
     lr = torch.tensor(schedule.lr, device=device) if captured else schedule.lr
-    shared = {"lr": lr, "weight_decay": schedule.weight_decay, "fused": True}
+    params, decay = network.parameters(), schedule.weight_decay
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), capturable=captured, **shared)
-    return torch.optim.SGD(network.parameters(), momentum=schedule.momentum, **shared)
+        return torch.optim.AdamW(params, lr=lr, weight_decay=decay, fused=True, capturable=captured)
+    return torch.optim.SGD(params, lr=lr, momentum=schedule.momentum, weight_decay=decay, fused=True)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
