@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from infer_fast.errors import InferFastError, first_line
 
@@ -92,7 +93,10 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     state = _unwrap(_loaded(path))
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InferFastError(f"{path} holds no state dict (names to tensors), bare or under {', '.join(WRAPPERS)}.")
-    return {_without_prefix(name): tensor for name, tensor in state.items()}
+    state = dict(state)  # without the metadata of torch's own, which speaks of the prefixed names
+    while prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None):
+        consume_prefix_in_state_dict_if_present(state, prefix)  # one layer of them: wrappers wrap each other
+    return state
 
 
 def recorded(path: Path) -> str:
@@ -148,9 +152,3 @@ def _unwrap(loaded: object) -> object:
             return loaded
         loaded = inner
     return loaded
-
-
-def _without_prefix(name: str) -> str:
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-        name = name[len(prefix) :]
-    return name

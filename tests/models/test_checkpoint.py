@@ -26,6 +26,8 @@ def saved(path, value):
         lambda s: {"state_dict": s, "epoch": 3},
         lambda s: {"net": {f"module.{k}": v for k, v in s.items()}, "acc": 0.5},
         lambda s: {"model": {"state_dict": {f"_orig_mod.module.{k}": v for k, v in s.items()}}},
+        lambda s: {f"module._orig_mod.module.{k}": v for k, v in s.items()},
+        lambda s: {f"module.{k}" if k.startswith("stages") else f"_orig_mod.{k}": v for k, v in s.items()},
         lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
     ],
 )
