@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError
+from infer_fast.extras import PIP, installed
 from infer_fast.models import cifar
 from infer_fast.models.convnet import CONVNET_128, SHAPES, ConvNet, ConvNet128
 
@@ -64,13 +65,13 @@ def _torchvision(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
 def _timm(name: str, classes: int) -> nn.Module:
     """timm's network of that name, if timm is installed and knows it."""
     known = ", ".join([*SHAPES, *CONVNET_128, *cifar.NETWORKS])
-    try:
-        import timm
-    except ImportError:
+    if not installed("timm"):
         raise InferFastError(
-            f"{name!r} is not a network: choose one of {known}, or a torchvision model name (or a timm one, with timm "
-            "installed)."
-        ) from None
+            f"{name!r} is not a network: choose one of {known}, or a torchvision model name (or a timm one, after "
+            f"{PIP['timm']})."
+        )
+    import timm
+
     if not timm.is_model(name):
         raise InferFastError(f"{name!r} is not a network: choose one of {known}, or a torchvision or timm model name.")
     return timm.create_model(name, pretrained=False, num_classes=classes)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from infer_fast.errors import InferFastError, first_line
+from infer_fast.extras import PIP, installed
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 ACCURACIES = ("acc", "accuracy", "best_acc1", "best_acc")  # what checkpoints call it
@@ -55,7 +56,7 @@ def load_pretrained(network: nn.Module, name: str, weights: str) -> None:
     """Loads what torchvision publishes for `name` as `weights`, or what timm does if only timm knows the name.
 
     Downloaded, unless torch's hub (or timm's) has the file already. Raises InferFastError for unknown weights, a
-    failed download, or weights that do not fit (another class count).
+    failed download, a name that needs timm where it is not installed, or weights that do not fit (another class count).
     """
     import torchvision
 
@@ -77,6 +78,10 @@ def load_pretrained(network: nn.Module, name: str, weights: str) -> None:
 
 
 def _timm_state(name: str) -> dict[str, torch.Tensor]:
+    if not installed("timm"):
+        raise InferFastError(
+            f"torchvision has no weights of {name}: give a file with --arch-path, or {PIP['timm']}, which has more."
+        )
     try:
         import timm
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infer_fast.errors import InferFastError
+from infer_fast.extras import PIP, installed
 from infer_fast.models import build
 from infer_fast.models.convnet import HalvingPool
 
@@ -82,5 +83,8 @@ def test_large_images_get_the_original_stem():
 def test_unknown_names_and_small_images_are_errors():
     with pytest.raises(InferFastError, match="resnet19"):
         build("resnet19", 4, (32, 32))
+    if not installed("timm"):
+        with pytest.raises(InferFastError, match=f"one of convnet, .*torchvision.*timm one, after {PIP['timm']}"):
+            build("resnet10t", 4, (32, 32))
     with pytest.raises(InferFastError, match="too small"):
         build("convnet", 4, (4, 4))

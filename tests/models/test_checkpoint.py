@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from infer_fast.errors import InferFastError
+from infer_fast.extras import PIP, installed
 from infer_fast.models import build
 from infer_fast.models.checkpoint import load_checkpoint, load_pretrained, recorded
 
@@ -140,3 +141,9 @@ def test_torchvisions_weights_are_taken_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     with pytest.raises(InferFastError, match="could not be fetched .no network.: check the network"):
         load_pretrained(target, "resnet18", "IMAGENET1K_V1")
+
+
+@pytest.mark.skipif(installed("timm"), reason="timm is there")
+def test_weights_that_torchvision_does_not_publish_ask_for_timm():
+    with pytest.raises(InferFastError, match=f"no weights of resnet10t.*--arch-path, or {PIP['timm']}"):
+        load_pretrained(build("convnet", 4, (8, 8)), "resnet10t", "IMAGENET1K_V1")
