@@ -11,9 +11,11 @@ infer_fast.data.loader, and the training step as infer_fast.models.train.fit run
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +30,7 @@ from infer_fast.data.sets import FileSet, resident_split
 from infer_fast.extras import installed
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
-from infer_fast.models.train import Schedule, Training, fit, soft_loss
+from infer_fast.models.train import Schedule, Training, as_given, fit, soft_loss
 
 PIXELS = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TEMPERATURE = 30.0
@@ -59,6 +61,13 @@ GPU = [
 ]
 
 
+class Fed(NamedTuple):
+    """One epoch through one of our loaders, as Training takes it: batch by batch, and what makes tensors of a batch."""
+
+    batches: Iterable[tuple]
+    make: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
 def main() -> None:
     options = measure.arguments(__doc__.splitlines()[0])
     rows: list[dict] = []
@@ -87,30 +96,39 @@ def case_rows(case: Case, folder: Path) -> list[dict]:
     split = FileSplit(tuple(files), torch.tensor([place[f.parent.name] for f in files]), (case.size, case.size))
     source = FileSet(split.to(device), case.classes, PIXELS)
 
-    def ours(name: str) -> tuple:
+    def ours(name: str) -> Fed:
         generator = torch.Generator().manual_seed(0)
         if name.endswith("files"):
             return from_files(name, case, source, logits.to(device), generator)
-        return feed(name, resident, Sampling(case.batch_size, updates, augmentation, generator))
+        return Fed(*feed(name, resident, Sampling(case.batch_size, updates, augmentation, generator)))
 
-    def load(name: str) -> Callable[[], None]:
-        def run() -> None:
-            stream, make = ours(name)
-            for batch in stream:
-                make(*batch)
+    def load_published() -> None:
+        for _ in loader.epoch(logits, device):
+            pass
 
-        return run
+    def load(name: str) -> None:
+        fed = ours(name)
+        for batch in fed.batches:
+            fed.make(*batch)
+
+    def train(name: str) -> None:
+        train_ours(case, ours(name), updates)
 
     names = ["fused", "torch", "dali"] + ["dali files", "torch files"] * (case.size > 64)
     if not installed("nvidia.dali"):
         names = [name for name in names if not name.startswith("dali")]
-    loading = {"published": lambda: [None for _ in loader.epoch(logits, device)], **{n: load(n) for n in names}}
+    loading: dict[str, Callable[[], None]] = {
+        "published": load_published,
+        **{name: partial(load, name) for name in names},
+    }
     alone = measure.milliseconds_in_turn(loading, case.rounds)
     stepping = steps(case, logits, device, updates)
     step = measure.milliseconds_in_turn(stepping, case.rounds)
-    training = {"published": lambda: train_published(case, loader, logits, device, updates)}
-    for name in names:
-        training[name] = lambda n=name: train_ours(case, *ours(n), updates)
+    train_theirs = partial(train_published, case, loader, logits, device)
+    training: dict[str, Callable[[], None]] = {
+        "published": train_theirs,
+        **{name: partial(train, name) for name in names},
+    }
     both = measure.milliseconds_in_turn(training, case.rounds)
     loader.close()
     return [
@@ -134,11 +152,11 @@ def pictures(count: int, size: int) -> torch.Tensor:
     return (255 * (smooth + 0.05 * torch.randn(count, 3, size, size)).clamp(0, 1)).to(torch.uint8)
 
 
-def from_files(name: str, case: Case, source: FileSet, logits: torch.Tensor, generator: torch.Generator) -> tuple:
+def from_files(name: str, case: Case, source: FileSet, logits: torch.Tensor, generator: torch.Generator) -> Fed:
     """One epoch of the JPEG files through DALI or through threads, with each image's class's logits."""
     epoch = dali.file_batches if name.startswith("dali") else threads.file_batches
     stream = epoch(source, batch_size=case.batch_size, generator=generator)
-    return stream, lambda images, labels: (images, logits[labels])
+    return Fed(stream, lambda images, labels: (images, logits[labels]))
 
 
 def steps(case: Case, logits: torch.Tensor, device: torch.device, updates: int) -> dict[str, Callable[[], object]]:
@@ -151,20 +169,20 @@ def steps(case: Case, logits: torch.Tensor, device: torch.device, updates: int) 
     train = published.Trainer(student, TEMPERATURE)
     return {
         "published": lambda: [train.step(images, targets) for _ in range(updates)],
-        "ours": lambda: train_ours(case, [(images, targets)] * updates, lambda *batch: batch, updates),
+        "ours": lambda: train_ours(case, Fed([(images, targets)] * updates, as_given), updates),
     }
 
 
-def train_published(case: Case, loader: published.Loader, logits: torch.Tensor, device, updates: int) -> None:
+def train_published(case: Case, loader: published.Loader, logits: torch.Tensor, device: torch.device) -> None:
     train = published.Trainer(build(case.student, case.classes, (case.size, case.size), seed=0).to(device), TEMPERATURE)
     for images, targets in loader.epoch(logits, device):
         train.step(images, targets)
 
 
-def train_ours(case: Case, stream, make: Callable, updates: int) -> None:
+def train_ours(case: Case, fed: Fed, updates: int) -> None:
     student = build(case.student, case.classes, (case.size, case.size), seed=0).to(measure.device())
     schedule = Schedule("adamw", 1e-3, 0.01, 0.9, updates, updates)
-    fit(student, Training(stream, soft_loss(TEMPERATURE), make), schedule, Execution("fast"))
+    fit(student, Training(fed.batches, soft_loss(TEMPERATURE), fed.make), schedule, Execution("fast"))
 
 
 if __name__ == "__main__":
