@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from bench import measure
 class Apart:
     """A child process that makes a function and times it when asked. Raises RuntimeError with what went wrong there."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, torch.get_num_threads()), daemon=True)
@@ -35,7 +36,7 @@ class Apart:
         """As measure.milliseconds, of the function that was made last."""
         return self._ask(times)
 
-    def _ask(self, message: object) -> object:
+    def _ask(self, message: object) -> Any:
         self._here.send(message)
         try:
             answer = self._here.recv()
@@ -55,7 +56,7 @@ class Apart:
 
 def _serve(pipe: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
-    function = None
+    function: Callable[[], object] | None = None
     while True:
         try:
             message = pipe.recv()
@@ -63,6 +64,8 @@ def _serve(pipe: Connection, threads: int) -> None:
             return
         try:
             if isinstance(message, int):
+                if function is None:
+                    raise RuntimeError("nothing was made that could be timed")
                 pipe.send(measure.milliseconds(function, message))
             else:
                 build, arguments = message

@@ -42,7 +42,7 @@ def main() -> int:
     if not torch.cuda.is_available() and not options.quick:
         print("There is no GPU here: --quick rehearses the steps on the CPU.", file=sys.stderr)
         return 2
-    device = re.sub(r"[^a-z0-9]+", "-", measure.machine()["device"].lower()).strip("-")
+    device = re.sub(r"[^a-z0-9]+", "-", measure.device_name().lower()).strip("-")
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * MINUTES
     failed, written = [], []

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ def synchronise() -> None:
 
 
 def milliseconds_in_turn(
-    functions: dict[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+    functions: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
 ) -> dict[str, float]:
     """Median wall-clock milliseconds of each function, called A B C A B C ... after one warm-up round."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
@@ -73,7 +73,7 @@ def _milliseconds_on_gpu(function: Callable[[], object], times: int) -> list[flo
     return [began.elapsed_time(ended) for began, ended in events]
 
 
-def in_turns(ways: dict[str, Callable[[int], list[float]]], rounds: int, each: int) -> dict[str, float]:
+def in_turns(ways: Mapping[str, Callable[[int], list[float]]], rounds: int, each: int) -> dict[str, float]:
     """Median milliseconds of each way, timed A A A B B B A A A ...: `rounds` turns of `each` calls.
 
     A way takes the number of calls and gives the milliseconds of each: measure.milliseconds here, or those of a process
@@ -117,9 +117,8 @@ def matmul_rate(precision: str, size: int) -> float:
 
 
 def machine() -> dict[str, str | int]:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "device": name,
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -127,6 +126,10 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
 
 
 def _processor() -> str:
@@ -149,8 +152,9 @@ def _cell(value: object) -> str:
 
 
 def arguments(description: str) -> argparse.Namespace:
-    if native() is not None:
-        native().keep_freed_memory()  # as our command lines do; both ways gain by it
+    backend = native()
+    if backend is not None:
+        backend.keep_freed_memory()  # as our command lines do; both ways gain by it
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes: under a minute on 2 CPU cores")
     parser.add_argument("--output", type=Path, help="JSON file (default: none)")

@@ -9,7 +9,7 @@ the share is that floor at the measured copy bandwidth over the time taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -50,12 +50,13 @@ class Layer:
     """A BatchNorm2d, its input and what flows back, the same for the same arguments in every process; three ways to
     run BatchNorm + ReLU forward and backward, each giving the gradient of the input."""
 
-    def __init__(self, shape: tuple, channels_last: bool, dtype: torch.dtype):
+    def __init__(self, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype):
         torch.manual_seed(0)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.norm = nn.BatchNorm2d(shape[1]).eval().requires_grad_(False).to(measure.device())
-        self.norm.running_mean.normal_()
-        self.norm.running_var.uniform_(0.5, 2)
+        assert self.norm.running_mean is not None and self.norm.running_var is not None  # kept unless told otherwise
+        self.mean = self.norm.running_mean.normal_()
+        self.var = self.norm.running_var.uniform_(0.5, 2)
         x = torch.randn(shape, device=measure.device())
         self.x = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
         self.upstream = torch.randn_like(self.x)
@@ -73,7 +74,7 @@ class Layer:
     def ours(self) -> torch.Tensor:
         """With the penalty, as bn_match."""
         n = self.norm
-        y, penalty = bn_match(self.x, n.weight, n.bias, n.running_mean, n.running_var, n.eps, activation="relu")
+        y, penalty = bn_match(self.x, n.weight, n.bias, self.mean, self.var, n.eps, activation="relu")
         return torch.autograd.grad((y, penalty), self.x, (self.upstream, self.one.view(1)))[0]
 
     def away_from_kink(self) -> torch.Tensor:
@@ -81,12 +82,12 @@ class Layer:
         return self.norm(self.x.detach().float()).abs() > 64 * torch.finfo(self.x.dtype).eps
 
 
-def published_layer(*arguments: object) -> Callable[[], torch.Tensor]:
-    return Layer(*arguments).published
+def published_layer(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return Layer(shape, channels_last, dtype).published
 
 
 def bn_match_row(
-    shape: tuple, channels_last: bool, dtype: torch.dtype, bandwidth: float, rounds: int, apart: Apart | None
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, bandwidth: float, rounds: int, apart: Apart | None
 ) -> dict:
     """Forward and backward of BatchNorm + ReLU + penalty: published, plain (no penalty), ours.
 
@@ -97,7 +98,7 @@ def bn_match_row(
     error = ((got - expected)[layer.away_from_kink()].norm() / expected.norm()).item()
     if error > (1e-4 if dtype == torch.float32 else 5e-2):
         raise SystemExit(f"bn_match {shape}: gradients differ by {error:.2g}")
-    ways = {"here": layer.published, "plain": layer.plain, "ours": layer.ours}
+    ways: dict[str, Callable[[], object]] = {"here": layer.published, "plain": layer.plain, "ours": layer.ours}
     if layer.x.is_cuda:  # solve replays a graph there: plain and ours are timed so, and ours also as eager code
         ways |= {"eager": layer.ours, "plain": capture(layer.plain, nothing), "ours": capture(layer.ours, nothing)}
     taken = in_turns(ways, rounds, apart, published_layer, shape, channels_last, dtype)
@@ -122,10 +123,16 @@ def nothing() -> None:
 
 
 def in_turns(
-    ways: dict[str, Callable], rounds: int, apart: Apart | None, build: Callable, *arguments: object
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    apart: Apart | None,
+    build: Callable[..., Callable[[], object]],
+    *arguments: object,
 ) -> dict[str, float]:
     """Median milliseconds of each of `ways`, and of the published way that build(*arguments) makes in `apart`."""
-    timed = {name: partial(measure.milliseconds, way) for name, way in ways.items()}
+    timed: dict[str, Callable[[int], list[float]]] = {
+        name: partial(measure.milliseconds, way) for name, way in ways.items()
+    }
     if apart is not None:
         apart.make(build, *arguments)
         timed = {"apart": apart.milliseconds, **timed}
@@ -148,7 +155,7 @@ def ratios(taken: dict[str, float]) -> dict[str, float]:
 class Adjustment:
     """One weight adjustment of all of ResNet-18's parameters: a loop over the parameters, and ours."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         torch.manual_seed(0)
         network = build("resnet18", 100, (32, 32), seed=0).to(measure.device()).requires_grad_(False)
         self.params = list(network.parameters())

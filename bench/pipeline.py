@@ -82,7 +82,7 @@ def main() -> None:
 class Clock:
     """Seconds of stages that follow each other."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stages: dict[str, float] = {}
         self.began = time.perf_counter()
 
@@ -96,7 +96,8 @@ def material(case: Case) -> tuple[list[Teacher], torch.Tensor, torch.Tensor, int
     """Teachers, base images uint8 (C, k, 3, H, W), test images, and k."""
     size = (case.size, case.size)
     networks = [build(name, case.classes, size, seed=0).eval().to(measure.device()) for name in case.teachers]
-    teachers = [Teacher(name, net, 0.0, None, "") for name, net in zip(case.teachers, networks, strict=True)]
+    # freshly initialised, and in no file
+    teachers = [Teacher(name, net, 0.0, Path(), "") for name, net in zip(case.teachers, networks, strict=True)]
     k = base_images_per_class(case.ipc, len(teachers), case.classes)
     base = pictures(case.classes * k, case.size).view(case.classes, k, 3, *size)
     return teachers, base, PIXELS.normalise(pictures(case.tests, case.size)).to(measure.device()), k

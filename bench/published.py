@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from infer_fast.models.convnet import HalvingPool
+from infer_fast.recipes import SynthesisSettings
+
+Channels = tuple[float, float, float]
 
 
 class StatisticsHook:
@@ -30,12 +33,14 @@ class StatisticsHook:
         self.handle = module.register_forward_hook(self.hook)
         self.penalty: torch.Tensor | None = None
 
-    def hook(self, module: nn.BatchNorm2d, inputs: tuple, output: torch.Tensor) -> None:
+    def hook(self, module: nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = inputs[0]
         channels = x.shape[1]
         mean = x.mean([0, 2, 3])
         var = x.permute(1, 0, 2, 3).contiguous().view(channels, -1).var(1, unbiased=False)
-        self.penalty = torch.norm(module.running_var - var, 2) + torch.norm(module.running_mean - mean, 2)
+        running_mean, running_var = module.running_mean, module.running_var
+        assert running_mean is not None and running_var is not None  # without them there is nothing to match
+        self.penalty = torch.norm(running_var - var, 2) + torch.norm(running_mean - mean, 2)
 
     def close(self) -> None:
         self.handle.remove()
@@ -46,10 +51,11 @@ def batch_norm_relu(norm: nn.BatchNorm2d, x: torch.Tensor) -> tuple[torch.Tensor
     hook = StatisticsHook(norm)
     y = F.relu(norm(x))
     hook.close()
+    assert hook.penalty is not None  # the pass above has called it
     return y, hook.penalty
 
 
-def solve(teacher: nn.Module, base: torch.Tensor, settings, shift: torch.Tensor) -> torch.Tensor:
+def solve(teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, shift: torch.Tensor) -> torch.Tensor:
     """One INFER task the published way: base (C, 3, H, W), shift int64 (T, 2) -> compensator (3, H, W).
 
     The weights are frozen, as in the published scripts; the caller's teacher is copied.
@@ -76,7 +82,7 @@ def solve(teacher: nn.Module, base: torch.Tensor, settings, shift: torch.Tensor)
     return u.detach()[0]
 
 
-def perturb(params: list[torch.Tensor], grads: list[torch.Tensor], rho: float) -> None:
+def perturb(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], rho: float) -> None:
     """Directed weight adjustment as a loop over the parameters."""
     norm = torch.norm(torch.stack([g.norm(2) for g in grads]), 2).item()
     with torch.no_grad():
@@ -95,13 +101,17 @@ def write_jpegs(images: torch.Tensor, labels: torch.Tensor, folder: Path) -> Non
 class Loader:
     """A torchvision ImageFolder of JPEG files behind a DataLoader with 2 workers, and MixUp on the device."""
 
-    def __init__(self, folder: Path, size: int, batch_size: int, mean: tuple, std: tuple, *, resized: bool):
+    def __init__(self, folder: Path, size: int, batch_size: int, mean: Channels, std: Channels, *, resized: bool):
         crop = transforms.RandomResizedCrop(size) if resized else transforms.RandomCrop(size, padding=4)
         steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
         files = Positioned(folder, transform=transforms.Compose(steps))
-        self.loader = DataLoader(files, batch_size, shuffle=True, num_workers=2, persistent_workers=True)
+        self.loader: DataLoader[tuple[torch.Tensor, int]] = DataLoader(
+            files, batch_size, shuffle=True, num_workers=2, persistent_workers=True
+        )
 
-    def epoch(self, logits: torch.Tensor, device: torch.device, alpha: float = 0.8) -> Iterator[tuple]:
+    def epoch(
+        self, logits: torch.Tensor, device: torch.device, alpha: float = 0.8
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Mixed images and their mixed soft labels, one epoch."""
         for images, positions in self.loader:
             images, targets = images.to(device), logits[positions].to(device)
