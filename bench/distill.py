@@ -95,7 +95,7 @@ def teacher_row(name: str, case: Case, rates: dict[str, float]) -> dict:
 
     def the_published_way() -> None:
         for lane in range(case.lanes):
-            published.solve(teacher, base[lane], settings, views.shift[:, lane])
+            published.solve(teacher, base[lane], settings, views.lane(lane))
 
     ways: dict[str, Callable[[], object]] = {"published": the_published_way} if published_fits else {}
     for precision in rates:
@@ -117,7 +117,7 @@ def agrees(name: str, teacher: nn.Module, base: torch.Tensor, settings: Synthesi
     views = Views(views.shift[:3, :1])  # the published way has shifts alone here
     settings = replace(settings, iterations=len(views.shift))
     try:
-        expected = published.solve(teacher, base[0], settings, views.shift[:, 0])
+        expected = published.solve(teacher, base[0], settings, views)
     except torch.OutOfMemoryError:
         return False
     got = ours(teacher, settings, "float32", base[:1], views)[0]
@@ -203,12 +203,12 @@ def whole_synthesis() -> dict:
     for name in plan.teachers:
         teacher = build(name, 100, (32, 32), seed=0).eval().to(device)
         base = torch.randn(plan.k, 100, 3, 32, 32, device=device)
-        shift = torch.zeros(few.iterations, 2, dtype=torch.int64)
+        still = Views(torch.zeros(few.iterations, 1, 2, dtype=torch.int64))
         solver = Solver(teacher, settings=settings)
         taken = measure.milliseconds_in_turn(
             {
                 "ours": partial(solver.solve, base),
-                "published": partial(published.solve, teacher, base[0], few, shift),
+                "published": partial(published.solve, teacher, base[0], few, still),
             },
             1,
             warm_up=False,

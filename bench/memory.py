@@ -61,7 +61,7 @@ def one_iteration(name: str, classes: int, way: str, chunk: int | None = None) -
     solve(teacher, base[:, :2], settings=settings, views=views)  # libraries allocate what they keep
     before = _bytes_in_use()
     if way == "published":
-        published.solve(teacher, base[0], settings, views.shift[:, 0])
+        published.solve(teacher, base[0], settings, views)
     else:
         Solver(teacher, settings=settings, execution=Execution(way), chunk=chunk).solve(base, views)
     print(_highest_bytes() - before)

@@ -138,7 +138,7 @@ def whole_published(case: Case) -> dict[str, float]:
     views = draw_views(0, 0, list(range(k)), iterations=case.iterations, jitter=settings.jitter)
     instances = [images.cpu()]
     for teacher in teachers:
-        solved = [published.solve(teacher.network, images[j], settings, views.shift[:, j]) for j in range(k)]
+        solved = [published.solve(teacher.network, images[j], settings, views.lane(j)) for j in range(k)]
         instances.append((images + torch.stack(solved)[:, None]).cpu())
     clock.stop("synthesis")
     whole = torch.stack(instances, dim=2).transpose(0, 1).flatten(0, 2)  # (C * k * (M+1), 3, H, W), class by class

@@ -1,6 +1,7 @@
 """The published way: our own plain rendering of the loop as the published scripts run it, to be compared with.
 
-float32, contiguous (NCHW), a forward hook on every BatchNorm2d, one task at a time, one synchronisation per iteration.
+The benchmarks time it, and the tests hold ours against it in float64: one baseline for both. As it is timed: float32,
+contiguous (NCHW), a forward hook on every BatchNorm2d, one task at a time, one synchronisation per iteration.
 Follows the description in INFER (arXiv 2408.06927, section 3) and SRe2L (arXiv 2306.13092, section 3.2).
 """
 
@@ -19,17 +20,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import hflip, resized_crop
 
 from infer_fast.models.convnet import HalvingPool
 from infer_fast.recipes import SynthesisSettings
+from infer_fast.synthesis import Views
 
 Channels = tuple[float, float, float]
 
 
 class StatisticsHook:
-    """Keeps ||var - running_var||_2 + ||mean - running_mean||_2 of a BatchNorm2d's input at each forward pass."""
+    """Keeps r_var * ||var - running_var||_2 + ||mean - running_mean||_2 of a BatchNorm2d's input at each pass."""
 
-    def __init__(self, module: nn.BatchNorm2d):
+    def __init__(self, module: nn.BatchNorm2d, r_var: float = 1.0):
+        self.r_var = r_var
         self.handle = module.register_forward_hook(self.hook)
         self.penalty: torch.Tensor | None = None
 
@@ -40,7 +44,10 @@ class StatisticsHook:
         var = x.permute(1, 0, 2, 3).contiguous().view(channels, -1).var(1, unbiased=False)
         running_mean, running_var = module.running_mean, module.running_var
         assert running_mean is not None and running_var is not None  # without them there is nothing to match
-        self.penalty = torch.norm(running_var - var, 2) + torch.norm(running_mean - mean, 2)
+        variance = torch.norm(running_var - var, 2)
+        if self.r_var != 1:  # the published scripts have no such factor
+            variance = self.r_var * variance
+        self.penalty = variance + torch.norm(running_mean - mean, 2)
 
     def close(self) -> None:
         self.handle.remove()
@@ -55,25 +62,54 @@ def batch_norm_relu(norm: nn.BatchNorm2d, x: torch.Tensor) -> tuple[torch.Tensor
     return y, hook.penalty
 
 
-def solve(teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, shift: torch.Tensor) -> torch.Tensor:
-    """One INFER task the published way: base (C, 3, H, W), shift int64 (T, 2) -> compensator (3, H, W).
+def hooks_of(teacher: nn.Module, r_var: float = 1.0) -> list[StatisticsHook]:
+    """A hook on every BatchNorm2d, in module order."""
+    return [StatisticsHook(m, r_var) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def weighted_penalty(hooks: list[StatisticsHook], first_bn_multiplier: float) -> torch.Tensor | float:
+    """The sum of the last pass's penalties, the first layer's times first_bn_multiplier; 0 if no layer was called."""
+    weights = [first_bn_multiplier] + [1.0] * (len(hooks) - 1)
+    penalties = [w * h.penalty for w, h in zip(weights, hooks, strict=True) if h.penalty is not None]
+    return sum(penalties)
+
+
+def objective(
+    teacher: nn.Module,
+    hooks: list[StatisticsHook],
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    settings: SynthesisSettings,
+) -> torch.Tensor:
+    """INFER's loss (eq. 5): cross-entropy and the penalty of one pass of the hooked teacher, in the images' dtype."""
+    loss = F.cross_entropy(teacher(images), targets)
+    return loss + settings.r_bn * weighted_penalty(hooks, settings.first_bn_multiplier)
+
+
+def viewed(images: torch.Tensor, views: Views, iteration: int) -> torch.Tensor:
+    """The images (C, 3, H, W) as the one lane of `views` shows them: cropped and resized, flipped, shifted."""
+    if views.crop is not None and views.flip is not None:
+        images = resized_crop(images, *views.crop[iteration, 0].tolist(), list(images.shape[-2:]))
+        images = hflip(images) if views.flip[iteration, 0] else images
+    down, right = views.shift[iteration, 0].tolist()
+    return torch.roll(images, shifts=(down, right), dims=(2, 3))
+
+
+def solve(teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views) -> torch.Tensor:
+    """One INFER task the published way: base (C, 3, H, W), views of one lane -> compensator (3, H, W).
 
     The weights are frozen, as in the published scripts; the caller's teacher is copied.
     """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-    hooks = [StatisticsHook(m) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    hooks = hooks_of(teacher, settings.r_var)
     targets = torch.arange(len(base), device=base.device)
-    u = torch.zeros(1, *base.shape[1:], device=base.device, requires_grad=True)
+    u = torch.zeros(1, *base.shape[1:], dtype=base.dtype, device=base.device, requires_grad=True)
     optimizer = torch.optim.Adam([u], lr=settings.lr, betas=(0.5, 0.9), eps=1e-8)
     for iteration in range(settings.iterations):
         optimizer.param_groups[0]["lr"] = settings.lr * (1 + math.cos(math.pi * iteration / settings.iterations)) / 2
-        down, right = shift[iteration].tolist()
-        images = torch.roll(base + u, shifts=(down, right), dims=(2, 3))
+        images = viewed(base + u, views, iteration)
         optimizer.zero_grad()
-        loss = F.cross_entropy(teacher(images), targets)
-        weights = [settings.first_bn_multiplier] + [1.0] * (len(hooks) - 1)
-        penalties = [w * h.penalty for w, h in zip(weights, hooks, strict=True) if h.penalty is not None]
-        loss = loss + settings.r_bn * sum(penalties)
+        loss = objective(teacher, hooks, images, targets, settings)
         loss.backward()
         optimizer.step()
         loss.item()  # the published loop prints it, and waits for it

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bench import published
 from infer_fast.errors import InferFastError
 from infer_fast.models import MatchedTeacher, build
 from infer_fast.models.surgery import MatchedBatchNorm
@@ -34,34 +35,23 @@ def smooth(network):
     return network
 
 
-def penalty_with_hooks(network, x, first_bn_multiplier=10.0, r_var=1.0, skip=()):
-    """The same sum the way the published scripts take it: a hook on every BatchNorm2d."""
-    total = []
-
-    def hook(position):
-        def add(module, inputs, _):
-            x = inputs[0]
-            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-            weight = first_bn_multiplier if position == 0 else 1.0
-            if position not in skip:
-                total.append(weight * (r_var * (var - module.running_var).norm() + (mean - module.running_mean).norm()))
-
-        return add
-
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(norms)]
+def published_penalty(network, x, r_var=1.0, skipped=()):
+    """The logits and the same sum the published way, without the layers `skipped`."""
+    hooks = published.hooks_of(network, r_var)
     logits = network(x)
-    for handle in handles:
-        handle.remove()
-    return logits, sum(total)
+    for position, hook in enumerate(hooks):
+        hook.close()
+        if position in skipped:
+            hook.penalty = None  # as if it had not been called
+    return logits, published.weighted_penalty(hooks, first_bn_multiplier=10.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_stay_and_penalties_equal_hooks(generator, name):
+def test_logits_stay_and_penalties_equal_the_published(generator, name):
     network = trained_looking(name, generator).double()
     x = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
     logits, penalty = MatchedTeacher(network, r_var=3.0)(x)
-    expected_logits, expected = penalty_with_hooks(network, x, r_var=3.0)
+    expected_logits, expected = published_penalty(network, x, r_var=3.0)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(penalty[0], expected, rtol=1e-9, atol=1e-9)
 
@@ -128,7 +118,7 @@ def test_what_cannot_be_fused_safely_stays_right(generator, kind, sign):
             module.running_mean.normal_(generator=generator)
     x = sign * torch.rand(4, 3, 6, 6, generator=generator, dtype=torch.float64)
     logits, penalty = MatchedTeacher(network)(x)
-    expected_logits, expected = penalty_with_hooks(network, x.clone())
+    expected_logits, expected = published_penalty(network, x.clone())
     torch.testing.assert_close(logits, expected_logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(penalty[0], expected, rtol=1e-9, atol=1e-9)
 
@@ -141,7 +131,7 @@ def test_gradients_of_the_input_equal_autograds_in_float32(generator, name, monk
     logits, penalty = MatchedTeacher(network)(x)
     (ours,) = torch.autograd.grad(logits.square().mean() + penalty.sum(), x)
     exact_x = x.detach().double().requires_grad_()
-    exact_logits, exact_penalty = penalty_with_hooks(network.double(), exact_x)
+    exact_logits, exact_penalty = published_penalty(network.double(), exact_x)
     (exact,) = torch.autograd.grad(exact_logits.square().mean() + exact_penalty, exact_x)
     assert (logits.double() - exact_logits).norm() / exact_logits.norm() < 1e-4
     assert (ours.double() - exact).norm() / exact.norm() < 1e-4
@@ -216,7 +206,7 @@ def test_skipped_layers_are_left_out(generator):
     network = trained_looking("convnet", generator).double()
     x = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
     _, penalty = MatchedTeacher(network, skip_bn=(1,))(x)
-    _, expected = penalty_with_hooks(network, x, skip=(1,))
+    _, expected = published_penalty(network, x, skipped=(1,))
     torch.testing.assert_close(penalty[0], expected, rtol=1e-9, atol=1e-9)
 
 
