@@ -11,9 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import distill, measure, plot
+from bench import distill, measure, plot, published
 from bench.apart import Apart
 from infer_fast.models import build
+from infer_fast.models.execution import Execution
+from infer_fast.models.teacher import Teacher
+from infer_fast.models.train import Schedule, Training, fit, soft_loss
+from infer_fast.students.labels import averaged_logits
 
 
 def test_every_committed_result_names_its_machine_and_can_be_tabled():
@@ -77,3 +81,33 @@ def test_operations_of_an_iteration_are_those_of_its_convolutions():
     convolutions = [(3, 32, 64), (32, 64, 16), (64, 128, 4)]
     expected = 2 * sum(2 * 9 * i * o * pixels for i, o, pixels in convolutions) + 2 * 2 * 128 * 5
     assert distill.flops(teacher, torch.zeros(2, 6, 3, 8, 8)) == 2 * 6 * expected
+
+
+def test_the_published_trainer_and_ours_take_the_same_steps(generator):
+    """The loss at each step, and the logits after three."""
+    images = torch.randn(8, 3, 16, 16, generator=generator)
+    targets = 9 * torch.randn(8, 5, generator=generator)
+    theirs, ours = (build("convnet128", 5, (16, 16), seed=0) for _ in range(2))
+    trainer, loss, losses = published.Trainer(theirs, 3.0), soft_loss(3.0), []
+
+    def recorded(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        losses.append(loss(logits, targets))
+        return losses[-1]
+
+    expected = [trainer.step(images, targets) for _ in range(3)]
+    schedule = Schedule("adamw", 1e-3, 0.01, 0.9, updates=3, updates_per_epoch=3)
+    fit(ours, Training([(images, targets)] * 3, recorded), schedule, Execution("float32", "eager"))
+    assert [x.item() for x in losses] == pytest.approx(expected, rel=1e-3)
+    with torch.no_grad():
+        got, want = ours(images), theirs(images)
+    assert (got - want).norm() / want.norm() < 1e-2
+
+
+def test_the_published_labels_are_ours(generator):
+    images = torch.randn(70, 3, 8, 8, generator=generator)  # more than one of their batches
+    networks = [build(name, 5, (8, 8), seed=0).eval() for name in ("convnet", "convnet-silu")]
+    teachers = [Teacher("convnet", network, 0.0, Path(), "") for network in networks]
+    with torch.no_grad():
+        ours = averaged_logits(teachers, lambda p: images[p], len(images))
+    expected = published.label(images, networks, torch.device("cpu"))
+    torch.testing.assert_close(ours, expected.half().float(), rtol=2e-3, atol=1e-5)
