@@ -62,6 +62,7 @@ def sleeper(seconds: float, file: Path) -> Callable[[], None]:
     return sleep
 
 
+@pytest.mark.slow
 def test_a_way_is_timed_in_a_process_of_its_own(tmp_path):
     file = tmp_path / "calls"
     with Apart() as apart:

@@ -7,7 +7,7 @@
     graph-compile  the compiled iteration, captured and replayed
 
 A replay costs the host one call, however many kernels the iteration launches. Everything an iteration reads and writes
-is a device tensor that stays where it is (see AdamState in infer_fast.synthesis.solver), so one capture serves every
+is a device tensor that stays where it is (see AdamState in infer_fast.synthesis.iteration), so one capture serves every
 iteration and every batch of tasks of the same shape.
 """
 

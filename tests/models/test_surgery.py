@@ -66,6 +66,7 @@ FUSED = {  # (BatchNorms with a residual, with an activation, activations left o
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
 def test_residuals_and_activations_are_fused(name):
     network = MatchedTeacher(build(name, 5, (32, 32), seed=0)).network
@@ -183,6 +184,7 @@ def test_a_resnet18_pass_keeps_little_but_its_batch_norm_inputs(generator):
     assert sum(kept.values()) <= 1.15 * sum(inputs)
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_agree_on_a_whole_resnet18(generator):
     network = trained_looking("resnet18", generator, (16, 16))
     matched = MatchedTeacher(network)

@@ -81,6 +81,7 @@ def test_three_lanes_equal_three_runs_of_one(generator):
         assert (together[lane] - alone).norm() / alone.norm() < 1e-4
 
 
+@pytest.mark.slow
 def test_large_images_are_seen_cropped_and_flipped(generator):
     """64x64: the default views have crops; the published loop in float64, on torchvision's crops, ends the same."""
     network, base = teacher_and_base(generator, lanes=2, size=64)
@@ -105,6 +106,7 @@ def test_chunks_give_what_the_whole_batch_gives(generator, optimise, chunk):
     assert not torch.equal(chunked, whole)  # it did take the other way
 
 
+@pytest.mark.slow
 def test_smaller_chunks_take_less_memory():
     """Bytes that one iteration adds to a process, 128 images in passes of 128, 32 and 8."""
     peaks = [memory.in_a_fresh_process("convnet", 128, "float32", chunk) for chunk in (None, 32, 8)]
@@ -124,6 +126,7 @@ class Bounded(nn.Module):
         return self.network(x)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_lanes_then_the_chunk_and_says_so(generator):
     network, base = teacher_and_base(generator)
     expected = solve(network, base, settings=SETTINGS)
@@ -140,6 +143,7 @@ def test_out_of_memory_halves_the_lanes_then_the_chunk_and_says_so(generator):
         solve(Bounded(network, 0), base, settings=SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_kept_solver_gives_what_a_fresh_one_gives(generator):
     network, base = teacher_and_base(generator)
     solver = Solver(network, settings=SETTINGS)
@@ -151,6 +155,7 @@ def test_a_kept_solver_gives_what_a_fresh_one_gives(generator):
     assert torch.equal(kept, solve(network, base, settings=SETTINGS))  # a later batch does not write into it
 
 
+@pytest.mark.slow
 def test_replaying_views_is_bit_exact_and_defaults_are_the_tasks_own(generator):
     network, base = teacher_and_base(generator)
     views = draw_views(SETTINGS.seed, 0, [0, 1, 2], iterations=20, jitter=2)
@@ -161,6 +166,7 @@ def test_replaying_views_is_bit_exact_and_defaults_are_the_tasks_own(generator):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_the_loss_falls(generator):
     network, base = teacher_and_base(generator)
     losses = []
@@ -177,6 +183,7 @@ def solve_loss(network, base, u, settings):
         return problem.loss(u, View(torch.zeros(len(base), 2, dtype=torch.int64)))
 
 
+@pytest.mark.slow
 def test_bfloat16_ends_within_2_percent_of_float32_on_digits():
     """A teacher trained on real digits, and 3 tasks of 60 iterations; both results are judged in float32."""
     dataset = load_dataset("digits")
@@ -301,6 +308,8 @@ def test_arguments_that_do_not_fit_are_errors(generator):
         solve(network, base, settings=SETTINGS, views=draw_views(0, 0, [0], iterations=20, jitter=2))
     with pytest.raises(InferFastError, match="not an engine"):
         solve(network, base, settings=SETTINGS, engine="warp")
+    with pytest.raises(TypeError, match="egine"):
+        solve(network, base, settings=SETTINGS, egine="eager")
     with pytest.raises(InferFastError, match="chunk"):
         Solver(network, settings=SETTINGS, chunk=0)
     if not torch.cuda.is_available():
@@ -324,6 +333,7 @@ CHANGED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_setting_of_a_synthesis_takes_effect(generator):
     """A task ends with another tensor for each setting that is changed, those of image mode and DWA included."""
     network, base = teacher_and_base(generator, lanes=1)
