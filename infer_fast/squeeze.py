@@ -26,11 +26,10 @@ from infer_fast.data.loader import feed
 from infer_fast.data.sets import training_set
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
-from infer_fast.files import write_tensors
 from infer_fast.models import build
 from infer_fast.models.checkpoint import file_hash, load_checkpoint, load_pretrained
 from infer_fast.models.execution import Execution
-from infer_fast.models.teacher import Teacher, load_teacher
+from infer_fast.models.teacher import Teacher, load_teacher, save_teacher
 from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict
 from infer_fast.progress import Stage, stage
 from infer_fast.recipes import RECIPES, Recipe, SqueezeSettings
@@ -74,8 +73,7 @@ def _teacher(dataset: ImageDataset, name: str, origin: Origin, folder: Path, che
             reached = _train(dataset, name, network, origin)
         else:
             reached = _import(dataset, name, network, checkpoint, origin.weights)
-        card = {"name": name, "dataset": dataset.name, "accuracy": reached, "source": source}
-        write_tensors(path, network.state_dict(), card)
+        save_teacher(path, network, reached, {"name": name, "dataset": dataset.name, "source": source})
     teacher = load_teacher(name, path, len(dataset.classes), dataset.size)
     teacher.network.to(dataset.device)
     return teacher

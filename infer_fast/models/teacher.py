@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError
-from infer_fast.files import read_tensors
+from infer_fast.files import read_tensors, write_tensors
 from infer_fast.models.build import build
 from infer_fast.models.checkpoint import file_hash
 
@@ -29,6 +29,14 @@ class Teacher:
     def weight_bytes(self) -> int:
         """What the network's weights and statistics weigh."""
         return sum(t.nbytes for t in self.network.state_dict().values())
+
+
+def save_teacher(path: Path, network: nn.Module, accuracy: float, made_of: dict[str, object]) -> None:
+    """Writes a teacher's weights, its test accuracy in percent, and in words what it was made of.
+
+    Raises DiskError when the disk is full or the folder not writable.
+    """
+    write_tensors(path, network.state_dict(), {**made_of, "accuracy": accuracy})
 
 
 def load_teacher(name: str, path: Path, classes: int, size: tuple[int, int], sha256: str | None = None) -> Teacher:
