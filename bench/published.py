@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,13 +87,27 @@ def objective(
     return loss + settings.r_bn * weighted_penalty(hooks, settings.first_bn_multiplier)
 
 
-def viewed(images: torch.Tensor, views: Views, iteration: int) -> torch.Tensor:
-    """The images (C, 3, H, W) as the one lane of `views` shows them: cropped and resized, flipped, shifted."""
-    if views.crop is not None and views.flip is not None:
-        images = resized_crop(images, *views.crop[iteration, 0].tolist(), list(images.shape[-2:]))
-        images = hflip(images) if views.flip[iteration, 0] else images
-    down, right = views.shift[iteration, 0].tolist()
-    return torch.roll(images, shifts=(down, right), dims=(2, 3))
+class HostView(NamedTuple):
+    """One iteration's view of one lane, read to the host, where the published scripts draw it."""
+
+    shift: tuple[int, int]
+    crop: tuple[int, int, int, int] | None = None
+    flip: bool = False
+
+
+def host_view(views: Views, iteration: int) -> HostView:
+    """What the first lane of `views` sees at an iteration."""
+    crop, flip = (None if t is None else t[iteration].tolist()[0] for t in (views.crop, views.flip))
+    return HostView(views.shift[iteration].tolist()[0], crop, bool(flip))
+
+
+def viewed(images: torch.Tensor, view: HostView) -> torch.Tensor:
+    """The images (C, 3, H, W) cropped and resized, flipped and shifted."""
+    if view.crop is not None:
+        images = resized_crop(images, *view.crop, list(images.shape[-2:]))
+    if view.flip:
+        images = hflip(images)
+    return torch.roll(images, shifts=view.shift, dims=(2, 3))
 
 
 def solve(teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views) -> torch.Tensor:
@@ -107,7 +122,8 @@ def solve(teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, v
     optimizer = torch.optim.Adam([u], lr=settings.lr, betas=(0.5, 0.9), eps=1e-8)
     for iteration in range(settings.iterations):
         optimizer.param_groups[0]["lr"] = settings.lr * (1 + math.cos(math.pi * iteration / settings.iterations)) / 2
-        images = viewed(base + u, views, iteration)
+        view = host_view(views, iteration)
+        images = viewed(base + u, view)
         optimizer.zero_grad()
         loss = objective(teacher, hooks, images, targets, settings)
         loss.backward()

@@ -54,7 +54,7 @@ def test_loss_and_gradient_equal_the_published_ones_for_resnet18(generator, dtyp
     hooks = published.hooks_of(exact, SETTINGS.r_var)
     for lane in range(2):
         own = u[lane].detach().double().requires_grad_(True)
-        seen = published.viewed(base[lane].double() + own, views.lane(lane), 0)
+        seen = published.viewed(base[lane].double() + own, published.host_view(views.lane(lane), 0))
         expected = published.objective(exact, hooks, seen, torch.arange(CLASSES), SETTINGS)
         (expected_gradient,) = torch.autograd.grad(expected, own)
         assert loss[lane].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -259,7 +259,7 @@ def test_weight_adjustment_equals_the_published_one_in_float64(generator):
     plain.load_state_dict(network.state_dict())
     for step in range(12):
         plain.zero_grad()
-        seen = published.viewed(base[0].double(), views, step)
+        seen = published.viewed(base[0].double(), published.host_view(views, step))
         F.cross_entropy(plain(seen), torch.arange(CLASSES)).backward()
         params = list(plain.parameters())
         published.perturb(params, [p.grad for p in params], settings.rho / 12)
