@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STOREYS = (  # from the ground up; rooms of one storey don't import each other, but what stands in one set may
+STOREYS = (  # from the ground up; rooms in one pair of braces may import each other, though never in a circle
     {"errors", "extras", "files", "progress", "recipes"},
     {"kernels", "_native"},
     {"ops"},
