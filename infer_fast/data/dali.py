@@ -20,7 +20,7 @@ from PIL import Image
 from infer_fast.data.augment import Augmentation, Sampling
 from infer_fast.data.pixels import AS_STORED
 from infer_fast.data.resident import Composer, batches
-from infer_fast.data.sets import FileSet, ResidentSet
+from infer_fast.data.sets import FileSet, ResidentSet, sent
 from infer_fast.errors import InferFastError
 from infer_fast.extras import require
 from infer_fast.recipes import CROP_AREA, CROP_RATIO
@@ -134,7 +134,7 @@ def _decoded(
 
     try:
         for (images,) in _run(decode, len(spans[0]), device, seed, workers):
-            yield images, labels[waiting.popleft()].to(device, non_blocking=True)
+            yield images, sent(labels[waiting.popleft()], device)
     except RuntimeError as error:
         read = [split.files[p] for positions in waiting for p in positions.tolist()]
         broken = next((path for path in read if not _decodes(path)), None)

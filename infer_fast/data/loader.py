@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from infer_fast.data import dali, threads
 from infer_fast.data.augment import Sampling, draw_mixing, finish
 from infer_fast.data.resident import Composer, batches
-from infer_fast.data.sets import FileSet, ResidentSet
+from infer_fast.data.sets import FileSet, ResidentSet, sent
 from infer_fast.errors import InferFastError
 from infer_fast.extras import installed, require
 
@@ -75,7 +75,7 @@ def _from_files(loader: str, source: FileSet, sampling: Sampling, workers: int) 
         ):
             targets = F.one_hot(labels, source.classes).float()
             mixing = draw_mixing(len(images), source.split.size, how, generator)
-            yield images, targets, *(None if drawn is None else drawn.to(device) for drawn in mixing)
+            yield images, targets, *(None if drawn is None else sent(drawn, device) for drawn in mixing)
             done += 1
             if done == sampling.updates:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,14 @@ class Pixels(NamedTuple):
 
     def columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """mean and std on `device`, each float32 (3, 1, 1)."""
-        mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in self)
-        return mean, std
+        return _columns(self, device)
+
+
+@lru_cache(maxsize=64)
+def _columns(pixels: Pixels, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sent once: a GPU would have to wait for them in every batch."""
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in pixels)
+    return mean, std
 
 
 AS_STORED = Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # [0,1] pixels as they are

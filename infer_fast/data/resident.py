@@ -14,7 +14,7 @@ import torch
 
 from infer_fast.data.augment import Draw, Sampling, draw, finish, mixed
 from infer_fast.data.crops import resized_crop
-from infer_fast.data.sets import ResidentSet
+from infer_fast.data.sets import ResidentSet, sent
 from infer_fast.ops import compose
 
 
@@ -37,8 +37,7 @@ def _sent(draws: list[Draw], device: torch.device) -> Iterator[Draw]:
     stacked = {}
     for name, parts in zip(Draw._fields, zip(*draws, strict=True), strict=True):
         if parts[0] is not None:
-            whole = torch.stack(parts)
-            stacked[name] = whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole
+            stacked[name] = sent(torch.stack(parts), device)
     for i in range(len(draws)):
         yield Draw(**{name: whole[i] for name, whole in stacked.items()})
 

@@ -74,6 +74,11 @@ class FileSet:
         return len(self.split)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`; a GPU goes on with its work meanwhile."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def training_set(split: Split | FileSplit, classes: int, pixels: Pixels) -> ResidentSet | FileSet:
     """Real images with their classes, to be trained on: resident, or on the disk."""
     if isinstance(split, FileSplit):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from infer_fast.data.crops import ATTEMPTS, crop_boxes
 from infer_fast.data.decode import open_rgb
-from infer_fast.data.sets import FileSet
+from infer_fast.data.sets import FileSet, sent
 
 AHEAD = 2  # batches that are being decoded while one is trained on
 
@@ -42,8 +42,8 @@ def file_batches(
 
     def ready() -> tuple[torch.Tensor, torch.Tensor]:
         positions, views = waiting.popleft()
-        images = torch.from_numpy(np.stack([view.result() for view in views])).to(split.device).permute(0, 3, 1, 2)
-        return source.pixels.normalise(images), split.labels[positions.to(split.device)]
+        images = sent(torch.from_numpy(np.stack([view.result() for view in views])), split.device).permute(0, 3, 1, 2)
+        return source.pixels.normalise(images), split.labels[sent(positions, split.device)]
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for positions in order.split(batch_size):
