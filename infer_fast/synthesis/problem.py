@@ -60,9 +60,14 @@ class Problem:
         return torch.zeros(lanes, 1, *image, device=self.base.device)
 
     def seen(self, optimised: torch.Tensor, view: View, span: slice = slice(None)) -> torch.Tensor:
-        """This iteration's view of the images of `span`, (L, C', 3, H, W)."""
-        images = self.base[:, span] + optimised if self.settings.optimise != "images" else optimised[:, span]
-        return apply_view(images, view)
+        """This iteration's view of the images of `span`, (L, C', 3, H, W).
+
+        A view is linear: the compensator's is added to the base images', so that its gradient goes back through the
+        view of one image, summed over the classes first, and not through that of all of them.
+        """
+        if self.settings.optimise == "images":
+            return apply_view(optimised[:, span], view)
+        return apply_view(self.base[:, span], view) + apply_view(optimised, view)
 
     def loss(
         self,
