@@ -147,13 +147,17 @@ def fit(
 def predict(
     network: nn.Module, images: Callable[[torch.Tensor], torch.Tensor], count: int, batch_size: int = 512
 ) -> torch.Tensor:
-    """Logits float32 (count, C) of eval-mode `network` on images(positions) for positions 0..count-1, in batches."""
+    """Logits float32 (count, C) of eval-mode `network` on images(positions) for positions 0..count-1, in batches.
+
+    In float32, whatever precision it was trained in: labels and accuracies are read off them.
+    """
     network.eval()
     layout = layout_of(network)
     logits = []
     for positions in torch.arange(count).split(batch_size):
         batch = images(positions).contiguous(memory_format=layout)
-        logits.append(network(batch).float())
+        with at_precision(batch.device, "float32"):
+            logits.append(network(batch).float())
     return torch.cat(logits)
 
 

@@ -169,7 +169,8 @@ def adjusted_teacher(
     for step in range(settings.steps):
         position = torch.tensor([step % len(views.shift)], device=base.device)
         images = apply_view(base, views.at(position))
-        loss = F.cross_entropy(copied(images[0]).float(), targets)
+        with at_precision(base.device, "float32"):
+            loss = F.cross_entropy(copied(images[0]).float(), targets)
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         perturb_(params, grads, settings.rho / settings.steps)
     return copied.requires_grad_(False)
