@@ -126,7 +126,7 @@ def fit(
         training.loss(logits.float(), targets).backward()
         optimizer.step()
 
-    run = Replayed(step) if how.engine.startswith("graph") else step
+    run = Replayed(step, any_engine=how.any_engine) if how.engine.startswith("graph") else step
     for done, batch in enumerate(training.batches, start=1):
         if (done - 1) % schedule.updates_per_epoch == 0:
             _set_rate(optimizer, schedule.rate((done - 1) // schedule.updates_per_epoch))

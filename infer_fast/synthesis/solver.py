@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
-from infer_fast.models.engine import capture, compiled, compiling
+from infer_fast.models.engine import CaptureError, capture, compiled, compiling, release
 from infer_fast.models.execution import AUTO, Execution
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.recipes import SynthesisSettings
@@ -162,8 +162,7 @@ class Solver:
 
     def _forget(self) -> None:
         self._matched = self._loop = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
 
     def _batch(self, base, views, targets, lanes: range, on_iteration) -> tuple[torch.Tensor, dict[int, int]]:
         loop = self.prepare(base, views, targets)
@@ -182,12 +181,12 @@ class Solver:
     def prepare(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> Loop:
         """The loop for these tasks, ready to step: the last one with its data replaced if it fits, else a new one."""
         if self.settings.steps:
-            self._loop = None
+            self._let_go()
             self._matched = self._match(adjusted_teacher(self.teacher, base, targets, self.settings, views))
         elif self._matched is None:
             self._matched = self._match(self.teacher)
         if self._loop is None or not self._loop.takes(base, views):
-            self._loop = None  # frees what it holds before the next one is made
+            self._let_go(matched=self._matched)
             problem = Problem(
                 self._matched, base.clone(), targets.clone(), self.settings, self.execution.precision, self.chunk
             )
@@ -196,14 +195,21 @@ class Solver:
             self._loop.take(base, views, targets)
         return self._loop
 
+    def _let_go(self, matched: MatchedTeacher | None = None) -> None:
+        """Frees what the last loop holds before the next one is made, and its teacher unless it is kept."""
+        held = self._loop is not None
+        self._loop, self._matched = None, matched
+        if held and torch.cuda.is_available():
+            release()
+
     def _start(self, problem: Problem, state: AdamState) -> Loop:
         """The loop under the engine; eager, with a warning, if auto chose a graph and the teacher can't be captured."""
         try:
             return Loop(problem, state, self.execution.engine)
-        except RuntimeError as error:
-            if not self.execution.any_engine or self.execution.engine == "eager" or out_of_memory(error):
+        except CaptureError as error:
+            if not self.execution.any_engine:
                 raise
-            reason = str(error).strip().split("\n")[0]
+            reason = str(error)
         self.execution = replace(self.execution, engine="eager")
         warnings.warn(f"No CUDA graph of this teacher ({reason}): going on eager.", InferFastWarning, stacklevel=5)
         loop = Loop(problem, state, "eager")
@@ -228,9 +234,14 @@ class Loop:
         self.adam = adam_step
         if engine in ("compile", "graph-compile"):
             self.adam = compiled(problem.teacher, adam_step)
-        self.step = self._iterate
-        if engine in ("graph", "graph-compile"):
-            self.step = capture(self._iterate, self.restart)
+        self.replay = capture(self._iterate, self.restart) if engine in ("graph", "graph-compile") else None
+
+    def step(self) -> None:
+        """One iteration."""
+        if self.replay is not None:
+            self.replay()
+        else:
+            self._iterate()
 
     def _iterate(self) -> None:
         if self.adam is adam_step:

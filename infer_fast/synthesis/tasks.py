@@ -15,6 +15,7 @@ from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_tensor, write_tensors
 from infer_fast.models.build import SMALL_IMAGE
+from infer_fast.models.engine import release
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher, device_of
 from infer_fast.progress import stage
@@ -102,6 +103,7 @@ def synthesise(work: Synthesis, folder: Path, wanted: range) -> Results | None:
                 continue
             if solver is None or solver.teacher is not work.teachers[batch.teacher].network:
                 solver = None  # what it holds on the device goes first
+                release()
                 solver = _solver(work, batch.teacher)
             failed += _solve_batch(work, batch, own, solver, running.advance)
     if failed:

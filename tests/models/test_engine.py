@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infer_fast.errors import InferFastWarning
-from infer_fast.models.engine import choose_engine
+from infer_fast.models.engine import CaptureError, choose_engine
 from infer_fast.models.execution import Execution
 from infer_fast.synthesis import draw_views, solve
 from infer_fast.synthesis.solver import Solver
@@ -27,7 +27,7 @@ def test_auto_goes_on_eager_where_a_graph_fails_and_a_forced_graph_does_not(gene
 
     def broken(iterate, restore):
         iterate()
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        raise CaptureError("CUDA error: operation not permitted when stream is capturing")
 
     monkeypatch.setattr("infer_fast.synthesis.solver.capture", broken)
     network, base = teacher_and_base(generator)
