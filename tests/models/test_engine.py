@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infer_fast.errors import InferFastWarning
-from infer_fast.models.engine import CaptureError, choose_engine
+from infer_fast.models.engine import CaptureError, choose_engine, measured_convolutions
 from infer_fast.models.execution import Execution
 from infer_fast.synthesis import draw_views, solve
 from infer_fast.synthesis.solver import Solver
@@ -51,10 +51,13 @@ def test_engines_agree_on_a_gpu(generator, engine, chunk, optimise):
     network, base = teacher_and_base(generator)
     settings = replace(SETTINGS, optimise=optimise)
     network, base = network.cuda(), base.cuda()
-    expected = solve(network, base, settings=settings, engine="eager", precision="float32")
+    with measured_convolutions():  # the same algorithms for both: others would differ by more after 20 steps of Adam
+        expected = solve(network, base, settings=settings, engine="eager", precision="float32")
     solver = Solver(network, settings=settings, execution=Execution("float32", engine), chunk=chunk)
     for _ in range(2):
-        assert (solver.solve(base) - expected).norm() / expected.norm() < 1e-4
+        with measured_convolutions():
+            found = solver.solve(base)
+        assert (found - expected).norm() / expected.norm() < 1e-4
 
 
 @pytest.mark.gpu
@@ -78,7 +81,7 @@ def test_nothing_waits_for_the_device_between_logs(generator, engine):
 def test_bfloat16_graphs_of_two_lane_counts_follow_each_other(generator):
     network, base = teacher_and_base(generator)
     solver = Solver(network.cuda(), settings=SETTINGS, lanes=2)
-    assert solver.engine == "graph" and solver.precision == "bfloat16"
+    assert solver.execution == Execution("bfloat16", "graph", any_engine=True)
     assert solver.solve(base.cuda()).isfinite().all()
 
 
