@@ -5,8 +5,8 @@
     python -m infer_fast.distill cifar100-infer-ipc10 --data-path DIR --dry-run
     python -m infer_fast.distill --list                            # every recipe: tasks, bytes, operations
 
-Finished teachers, tasks and students are kept: the same command goes on where it stopped. On a CPU it ends with the same
-bytes; on a GPU cuDNN chooses convolutions by measuring them, so two runs agree within rounding only.
+Finished teachers, tasks and students are kept: the same command goes on where it stopped. On a CPU it ends with the
+same bytes; on a GPU cuDNN chooses convolutions by measuring them, so two runs agree within rounding only.
 """
 
 from __future__ import annotations
