@@ -134,6 +134,13 @@ class FrozenConv2d(nn.Module):
         with torch.autocast(kind, enabled=False):
             return frozen_conv2d(x.to(dtype), weight, bias, *self.rest)
 
+    def cast_again(self) -> None:
+        """After the weight has changed: what it was cast to follows, where it is."""
+        for weight, bias in self.cast.values():
+            weight.copy_(self.weight)
+            if bias is not None and self.bias is not None:
+                bias.copy_(self.bias)
+
     def _weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         if dtype == self.weight.dtype:
             return self.weight, self.bias
@@ -182,7 +189,20 @@ class MatchedTeacher(nn.Module):
                 backend=backend,
             )
 
+        self._weights = list(network.parameters())  # what convolutions and norms below share their memory with
         self.network = freeze_convolutions(fuse(network, matched))
+
+    @torch.no_grad()
+    def take(self, teacher: nn.Module) -> None:
+        """Takes over the weights of `teacher`, the network it was made of with others, in the tensors that are there.
+
+        So what an engine captured or compiled goes on being of use. Statistics are those it was made with.
+        """
+        for own, given in zip(self._weights, teacher.parameters(), strict=True):
+            own.copy_(given)
+        for module in self.modules():
+            if isinstance(module, FrozenConv2d):
+                module.cast_again()
 
     def forward(
         self, x: torch.Tensor, lanes: int = 1, whole: Sequence[Statistics] | None = None

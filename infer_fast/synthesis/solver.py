@@ -180,13 +180,15 @@ class Solver:
 
     def prepare(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> Loop:
         """The loop for these tasks, ready to step: the last one with its data replaced if it fits, else a new one."""
+        teacher = self.teacher
         if self.settings.steps:
-            self._let_go()
-            self._matched = self._match(adjusted_teacher(self.teacher, base, targets, self.settings, views))
-        elif self._matched is None:
-            self._matched = self._match(self.teacher)
+            teacher = adjusted_teacher(teacher, base, targets, self.settings, views)
+        if self._matched is None:
+            self._matched = self._match(teacher)
+        elif self.settings.steps:
+            self._matched.take(teacher)
         if self._loop is None or not self._loop.takes(base, views):
-            self._let_go(matched=self._matched)
+            self._let_go()
             problem = Problem(
                 self._matched, base.clone(), targets.clone(), self.settings, self.execution.precision, self.chunk
             )
@@ -195,11 +197,10 @@ class Solver:
             self._loop.take(base, views, targets)
         return self._loop
 
-    def _let_go(self, matched: MatchedTeacher | None = None) -> None:
-        """Frees what the last loop holds before the next one is made, and its teacher unless it is kept."""
-        held = self._loop is not None
-        self._loop, self._matched = None, matched
-        if held and torch.cuda.is_available():
+    def _let_go(self) -> None:
+        """Frees what the last loop holds before the next one is made."""
+        if self._loop is not None:
+            self._loop = None
             release()
 
     def _start(self, problem: Problem, state: AdamState) -> Loop:

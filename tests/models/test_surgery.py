@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from bench import published
 from infer_fast.errors import InferFastError
 from infer_fast.models import MatchedTeacher, build
+from infer_fast.models.execution import at_precision
 from infer_fast.models.surgery import MatchedBatchNorm
 
 NAMES = [
@@ -242,3 +243,17 @@ def test_a_network_without_batch_norm_is_an_error():
 def test_a_bare_batch_norm_is_matched_too():
     logits, penalty = MatchedTeacher(nn.BatchNorm2d(3))(torch.zeros(2, 3, 4, 4))
     assert logits.shape == (2, 3, 4, 4) and penalty.item() == pytest.approx(10 * 3**0.5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_taken_weights_give_what_a_fresh_copy_gives(generator, name, precision):
+    first, other = (build(name, 4, (16, 16), seed=seed).eval() for seed in (0, 1))
+    other.load_state_dict({k: v for k, v in first.state_dict().items() if "running" in k}, strict=False)
+    images = torch.randn(4, 3, 16, 16, generator=generator)
+    matched, expected = MatchedTeacher(first), MatchedTeacher(other)
+    with at_precision(images.device, precision):
+        before, _ = matched(images)  # what convolutions are cast to is kept from here on
+        matched.take(other)
+        found, wanted = matched(images), expected(images)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)) and not torch.equal(before, found[0])
