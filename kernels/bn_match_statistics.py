@@ -1,6 +1,6 @@
 """The small kernels between bn_match's passes: partial sums to statistics and penalty, statistics to coefficients.
 
-Letters in the argument tables are those of bn_match_tiles; S: splits, the programs that share a channel of a lane.
+Letters in the argument tables are those of bn_match_tiles; S: parts, the sums of one channel of a lane.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _finish(
 
     (INFER, arXiv 2408.06927, eq. 5; r_var: DWA, arXiv 2409.17612.) One program a lane and block of channels.
 
-    partial_ptr       pointer, float32 (L, S, 2, C)   sums of d and of d*d, of each split
+    partial_ptr       pointer, float32 (L, 2, S, C)   sums of d, then of d*d, of each part
     running_var_ptr   pointer, float32 (C,)
     mean_ptr          pointer, float32 (L, C)         out: mean - running_mean
     var_ptr           pointer, float32 (L, C)         out: biased variance
@@ -48,9 +48,9 @@ def _finish(
         for begin in range(0, splits, SPLITS):
             split = begin + tl.arange(0, SPLITS)
             inside = (split < splits)[:, None] & known[None, :]
-            sums_ptr = partial_ptr + ((lane * splits + split) * 2).to(tl.int64)[:, None] * channels + c[None, :]
+            sums_ptr = partial_ptr + (lane.to(tl.int64) * 2 * splits + split)[:, None] * channels + c[None, :]
             total += tl.sum(tl.load(sums_ptr, mask=inside, other=0.0), 0)
-            square += tl.sum(tl.load(sums_ptr + channels, mask=inside, other=0.0), 0)
+            square += tl.sum(tl.load(sums_ptr + splits * channels, mask=inside, other=0.0), 0)
         m = total / count
         v = square / count - m * m
         v = tl.where(v < 0, 0.0, v)  # rounding; NaN stays
@@ -134,11 +134,11 @@ def add_up(
     count: float,
     r_var: float,
 ) -> None:
-    """Fills mean, var (lanes, C) and penalty (lanes,) from the partial sums (lanes, splits, 2, C).
+    """Fills mean, var (lanes, C) and penalty (lanes,) from the partial sums (lanes, 2, parts, C).
 
     One launch, or two where one program a lane would take too long.
     """
-    lanes, splits, _, channels = partial.shape
+    lanes, _, splits, channels = partial.shape
     whole = splits * channels <= MOST_WHOLE
     height = min(SPLITS, triton.next_power_of_2(splits))
     width = min(SPLITS * CHANNELS // height, triton.next_power_of_2(channels)) if whole else CHANNELS

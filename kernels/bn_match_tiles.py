@@ -1,8 +1,8 @@
 """The tiles of bn_match's passes: where their elements and bits lie, and what one element goes through.
 
-A tile has rows `outer` and columns `inner`: pixels and channels where the tensor is channels_last (ROWS), else images
-and the pixels of one channel. In the argument tables: L lanes, B images of a lane, C channels, P = H*W (a plane); a
-number is int32 unless said otherwise; names in capitals are known when a kernel is compiled.
+A tile has rows `outer` and columns `inner` of a lane, whose elements lie in rows of I (bn_match_plan says how). In the
+argument tables: L lanes, B images of a lane, C channels, P = H*W (a plane), I elements of a row; a vector is VECTOR
+elements; a number is int32 unless said otherwise; names in capitals are known when a kernel is compiled.
 """
 
 from __future__ import annotations
@@ -42,91 +42,104 @@ def derivative(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def span(split, splits, count):
-    """The split-th of `splits` equal runs of 0..count: (first, last)."""
-    each = tl.cdiv(count, splits)
-    first = split * each
-    return first, tl.minimum(first + each, count)
+def rows_of(across, lane, channels, inners, size, ROWS: tl.constexpr):
+    """(start, stride): where the program's first row begins, and how far it is to the next, in vectors, int64.
 
-
-@triton.jit
-def place_tile(lane, outer, inner, images, channels, plane, channel, ROWS: tl.constexpr):
-    """Offsets of a tile's elements from the start of the tensor, int64.
-
-    lane, channel            numbers       the program's; channel counts blocks with ROWS, where it is not used
-    outer, inner             int32 (rows,), (columns,)   the tile's rows and columns, within the lane
-    images, channels, plane  numbers       B, C, P
+    across, lane  numbers   the program's column of tiles (ROWS) or channel, and its lane
+    channels      number    C
+    inners, size  numbers   elements of a row and of a lane, in vectors
+    ROWS          whether the layout is channels_last: all of a lane's rows are the program's, else one in C
     """
-    if ROWS:
-        return (lane.to(tl.int64) * images * plane + outer)[:, None] * channels + inner[None, :]
-    return ((lane.to(tl.int64) * images + outer)[:, None] * channels + channel) * plane + inner[None, :]
+    start = lane.to(tl.int64) * size
+    stride = inners.to(tl.int64)
+    if not ROWS:
+        start += across.to(tl.int64) * inners
+        stride *= channels
+    return start, stride
 
 
 @triton.jit
-def channels_of(channel, channels, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """The program's channels and which of them exist: a row (1, BLOCK) for channels_last, else one number."""
-    if ROWS:
-        c = channel * BLOCK + tl.arange(0, BLOCK)[None, :]
-        known = c < channels
-    else:
-        c = channel
-        known = channel < channels
-    return c, known
+def place_tile(start, stride, outer, inner, inners, size, VECTOR: tl.constexpr):
+    """Offsets of a tile's elements, int64, and how many of each row exist, int32 (rows,): a multiple of VECTOR.
+
+    start, stride  numbers, int64             as rows_of gives them
+    outer, inner   int32 (rows,), (columns,)  the tile's rows and columns
+    inners, size   numbers                    as rows_of's
+    """
+    row = outer.to(tl.int64) * stride
+    room = tl.minimum(tl.maximum(size - row, 0), inners).to(tl.int32) * VECTOR
+    return (start + row)[:, None] * VECTOR + inner[None, :], room
+
+
+@triton.jit
+def channels_of(across, channels, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The program's channels: a row (1, BLOCK), one for each column, for channels_last, else one number."""
+    c = (across * BLOCK + tl.arange(0, BLOCK))[None, :] % channels if ROWS else across
+    return c  # one return: Triton wants all of one type
 
 
 @triton.jit
 def load_parameters(
-    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, eps, c, known, WEIGHT: tl.constexpr, BIAS: tl.constexpr
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, eps, c, WEIGHT: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
     """(mean, scale, shift) of channels c: z = (x - mean) * scale + shift, with scale = weight / sqrt(var + eps).
 
-    *_ptr     pointers, float32 (C,)   as in _forward_kernel; weight and bias are read with WEIGHT and BIAS alone
-    eps       number, float32
-    c, known  as channels_of gives them
+    *_ptr   pointers, float32 (C,)   as in _forward; weight and bias are read with WEIGHT and BIAS alone
+    eps     number, float32
+    c       as channels_of gives it
     """
-    mean = tl.load(running_mean_ptr + c, mask=known, other=0.0)
-    scale = tl.rsqrt(tl.load(running_var_ptr + c, mask=known, other=1.0) + eps)
+    mean = tl.load(running_mean_ptr + c)
+    scale = tl.rsqrt(tl.load(running_var_ptr + c) + eps)
     if WEIGHT:
-        scale = scale * tl.load(weight_ptr + c, mask=known, other=0.0)
-    shift = tl.load(bias_ptr + c, mask=known, other=0.0) if BIAS else mean * 0
+        scale = scale * tl.load(weight_ptr + c)
+    shift = tl.load(bias_ptr + c) if BIAS else mean * 0
     return mean, scale, shift
 
 
 @triton.jit
-def _lines(lane, outer, images, channels, plane, channel, ROWS: tl.constexpr):
-    """Where the tile's pixels (ROWS) or planes stand among all of the tensor's, int64; arguments as place_tile's."""
+def place_bits(across, lane, outer, side, channels, inners, size, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+               ROWS: tl.constexpr):  # fmt: skip
+    """Where the bits of act'(z) of a tile lie, 8 elements to a byte: int64 (rows, BLOCK // 8).
+
+    Each row (contiguous) or lane (channels_last) starts at a byte of its own.
+
+    outer  int32 (rows,)   the tile's rows
+    side   number          its first column, a multiple of 8
+    the rest as rows_of's
+    """
     if ROWS:
-        return lane.to(tl.int64) * images * plane + outer
-    return (lane.to(tl.int64) * images + outer) * channels + channel
+        stride = inners.to(tl.int64) * VECTOR // 8
+        start = lane * tl.cdiv(size.to(tl.int64) * VECTOR, 8)
+    else:
+        width = tl.cdiv(inners * VECTOR, 8).to(tl.int64)
+        stride = channels * width
+        start = (lane * (size // inners) + across) * width
+    return start + (outer * stride)[:, None] + (side // 8 + tl.arange(0, BLOCK // 8))[None, :]
 
 
 @triton.jit
-def store_bits(
-    mask_ptr, z, inside, lane, outer, last, side, images, channels, plane, channel, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """The bits of act'(z), 8 elements to a byte; each plane (or channels_last pixel) starts at a byte of its own.
+def store_bits(mask_ptr, place, z, room, inside, side, ACTIVATION: tl.constexpr):
+    """Stores the bits of act'(z).
 
     mask_ptr   pointer, uint8 (mask_bytes,)
+    place      int64 (rows, columns // 8)      as place_bits gives it
     z, inside  float32, bool (rows, columns)   the activation's input, and which elements exist
-    last       number    the program's outer ones end here
-    side       number    the tile's first column, a multiple of 8
-    the rest   as place_tile's
+    room       int32 (rows,)                   how many elements of each row exist
+    side       number                          the tile's first column
     """
     OUTER: tl.constexpr = z.shape[0]
     BYTES: tl.constexpr = z.shape[1] // 8
     flags = tl.where(inside, derivative(z, ACTIVATION), 0.0).to(tl.int32)
-    bits = tl.reshape(flags, (OUTER, BYTES, 8)) << tl.arange(0, 8)[None, None, :]
-    packed = tl.sum(bits, 2)
-    width = tl.cdiv(channels if ROWS else plane, 8)
-    byte = side // 8 + tl.arange(0, BYTES)
-    place = _lines(lane, outer, images, channels, plane, channel, ROWS)[:, None] * width + byte[None, :]
-    tl.store(mask_ptr + place, packed.to(tl.uint8), mask=(outer < last)[:, None] & (byte < width)[None, :])
+    packed = tl.sum(tl.reshape(flags, (OUTER, BYTES, 8)) << tl.arange(0, 8)[None, None, :], 2)
+    first = side + 8 * tl.arange(0, BYTES)
+    tl.store(mask_ptr + place, packed.to(tl.uint8), mask=first[None, :] < room[:, None])
 
 
 @triton.jit
-def load_bits(mask_ptr, inside, lane, outer, inner, images, channels, plane, channel, ROWS: tl.constexpr):
-    """What store_bits stored: int32 (rows, columns) of 0 and 1; arguments as store_bits's and place_tile's."""
-    width = tl.cdiv(channels if ROWS else plane, 8)
-    place = _lines(lane, outer, images, channels, plane, channel, ROWS)[:, None] * width + (inner // 8)[None, :]
-    return (tl.load(mask_ptr + place, mask=inside, other=0).to(tl.int32) >> (inner % 8)[None, :]) & 1
+def load_bits(mask_ptr, place, room, side):
+    """What store_bits stored: int32 (rows, columns) of 0 and 1; arguments as store_bits's."""
+    OUTER: tl.constexpr = place.shape[0]
+    BYTES: tl.constexpr = place.shape[1]
+    first = side + 8 * tl.arange(0, BYTES)
+    packed = tl.load(mask_ptr + place, mask=first[None, :] < room[:, None], other=0).to(tl.int32)
+    return tl.reshape((packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (OUTER, BYTES * 8))

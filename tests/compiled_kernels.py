@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for Hopper, in forms that its launcher asks for; needs no GPU.
 
     TRITON_CACHE_DIR=... python -m tests.compiled_kernels    # fails where a kernel spills a register or lacks vectors
+    TRITON_CACHE_DIR=... python -m tests.compiled_kernels -v # says what each takes
 
 Its own program, for Triton must not have been imported with TRITON_INTERPRET set.
 """
@@ -8,45 +9,58 @@ Its own program, for Triton must not have been imported with TRITON_INTERPRET se
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
 from infer_fast.kernels import bn_match, bn_match_statistics, compose, perturb
+from infer_fast.kernels.bn_match_plan import plan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # comes with Triton
 HOPPER = GPUTarget("cuda", 90, 32)
 LOADS, STORES = "ld.global.v4", "st.global.v4"  # 16 bytes at a time
+NARROW = {  # what moves one element of a tensor at a time
+    "*bf16": ("ld.global.b16", "st.global.b16"),
+    "*fp16": ("ld.global.b16", "st.global.b16"),
+    "*fp32": (),  # as the vectors of parameters are read
+}
+MULTIPROCESSORS = 132
 FLOATS, BYTES, LONGS = "*fp32", "*u8", "*i64"
 
 
 class Form(NamedTuple):
     """A kernel as a launcher asks for it: the types of pointers and numbers (int32 where not named), constants."""
 
-    kernel: triton.runtime.JITFunction | triton.runtime.Autotuner
+    kernel: triton.runtime.JITFunction
     pointers: dict[str, str]
     numbers: dict[str, str]
     constants: Mapping[str, object]
     warps: int = 4
     wide: tuple[str, ...] = ()  # instructions that must be there
+    narrow: tuple[str, ...] = ()  # instructions that must not
 
 
 def bn_match_passes() -> Iterator[Form]:
     names = ("weight", "bias", "running_mean", "running_var", "partial", "coefficients")
     vectors = {f"{name}_ptr": FLOATS for name in names}
-    for dtype, rows, activation, residual in [
-        ("*bf16", True, 1, True),
-        ("*bf16", False, 1, True),
-        ("*fp32", True, 3, False),
-        ("*fp32", False, 2, True),
-        ("*fp16", True, 3, True),
-        ("*bf16", True, 0, False),
-    ]:
+    for dtype, rows, activation, residual, channels, plane in [
+        *(("*bf16", True, activation, residual, channels, 1024)
+          for channels in (24, 40, 144, 200) for activation, residual in ((3, False), (1, True))),
+        ("*bf16", True, 1, True, 512, 16),
+        ("*bf16", False, 1, True, 64, 1024),
+        ("*fp32", True, 3, False, 64, 1024),
+        ("*fp32", False, 2, True, 64, 256),
+        ("*fp16", True, 3, True, 64, 1024),
+        ("*bf16", True, 0, False, 960, 16),
+    ]:  # fmt: skip
         tensors = {f"{name}_ptr": dtype for name in ("x", "residual", "y", "grad_y", "grad_x", "grad_residual")}
+        cut = plan(100, channels, plane, rows, 1, 4 if dtype == "*fp32" else 2, MULTIPROCESSORS)
         constants = {
             "ACTIVATION": activation,
             "RESIDUAL": residual,
@@ -54,12 +68,13 @@ def bn_match_passes() -> Iterator[Form]:
             "WEIGHT": True,
             "BIAS": True,
             "ROWS": rows,
-            "BLOCK": 64,
-            "TILE": 2048,
+            "VECTOR": cut.vector,
+            "BLOCK": cut.block,
+            "TILE": cut.tile,
         }
         for kernel in (bn_match._forward, bn_match._backward):
             pointers = tensors | vectors | {"mask_ptr": BYTES}
-            yield Form(kernel, pointers, {"eps": "fp32"}, constants, wide=(LOADS, STORES))
+            yield Form(kernel, pointers, {"eps": "fp32"}, constants, cut.warps, (LOADS, STORES), NARROW[dtype])
 
 
 def bn_match_sums() -> Iterator[Form]:
@@ -101,14 +116,14 @@ def compose_batches() -> Iterator[Form]:
 
 def check(form: Form, folder: Path) -> None:
     """Compiles a form; fails where an instruction that must be there is not, or registers are spilled."""
-    fn = form.kernel if isinstance(form.kernel, triton.runtime.JITFunction) else form.kernel.fn  # autotuned
+    fn = form.kernel
     signature, values, known = {}, {}, {}
-    for position, name in enumerate(fn.arg_names):
+    for position, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
         if name in form.constants:
             signature[name], values[(position,)] = "constexpr", form.constants[name]
         else:
             signature[name] = form.pointers.get(name) or form.numbers.get(name, "i32")
-            if name in form.pointers or name in ("channels", "plane"):  # as a launch finds them, but for odd shapes
+            if name in form.pointers and not parameter.do_not_specialize_on_alignment:  # as a launch finds them
                 known[(position,)] = [["tt.divisibility", 16]]
     built = triton.compile(
         ASTSource(fn, signature=signature, constexprs=values, attrs=known),
@@ -119,10 +134,14 @@ def check(form: Form, folder: Path) -> None:
     assert built.asm["cubin"], said
     for access in form.wide:
         assert access in built.asm["ptx"], f"{said} has no {access}"
+    for access in form.narrow:
+        assert access not in built.asm["ptx"], f"{said} has {access}"
     if DISASSEMBLER.is_file():
         binary = folder / "kernel.cubin"
         binary.write_bytes(built.asm["cubin"])
         told = subprocess.check_output([DISASSEMBLER, "--dump-resource-usage", binary], text=True)
+        if "-v" in sys.argv:
+            print(fn.__name__, form.constants, form.warps, " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", told)))
         assert " STACK:0 " in told, f"{said} spills registers: {told}"
 
 

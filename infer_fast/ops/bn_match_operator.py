@@ -240,6 +240,6 @@ def _mask_bytes(x: torch.Tensor, lanes: int, backend: str) -> int:
     if backend == "triton":
         from infer_fast.kernels import bn_match as kernels
 
-        return kernels.mask_bytes(x)
+        return kernels.mask_bytes(x, lanes)
     b, c, h, w = x.shape
     return compiled().bn_match_mask_bytes(lanes, b // lanes, c, h * w, is_channels_last(x))

@@ -332,7 +332,7 @@ def test_partial_sums_add_up_to_statistics_and_penalty(generator, monkeypatch, d
     squares = draw(generator, lanes, splits, channels).abs() * 1000 + 1000
     running_var = draw(generator, channels).abs()
     outputs = [torch.empty(shape, device=device) for shape in ((lanes, channels), (lanes, channels), (lanes,))]
-    partial = torch.stack([sums, squares], 2).float().to(device)
+    partial = torch.stack([sums, squares], 1).float().to(device)
     kernels.add_up(partial, running_var.float().to(device), *outputs, count, r_var)
     mean = sums.sum(1) / count
     var = (squares.sum(1) / count - mean**2).clamp(min=0)
