@@ -1,10 +1,10 @@
 """bn_match on CUDA: eval-mode BatchNorm, residual, activation and the statistics penalty.
 
 Forward reads x once: each program takes one channel (or a block of channels, channels_last) of some images of one lane,
-writes y and its partial sums of d = x - running_mean and d*d; a second, tiny kernel (two, if they are many) adds them
-up to statistics and penalty. Backward turns the statistics into two numbers per lane and channel (tiny kernel), then
-makes one pass. The tiny kernels are in bn_match_statistics, what the two passes are made of in bn_match_tiles, how they
-are cut into programs in bn_match_plan.
+writes y and its partial sums of d = x - running_mean and d*d; a second, small launch adds them up to statistics, norms
+and penalty. Backward is one pass, each program of which begins with the penalty's slope from those. The small kernel is
+in bn_match_statistics, what the two passes are made of in bn_match_tiles, how they are cut into programs in
+bn_match_plan.
 
 See infer_fast.ops.bn_match for the sources of the formulas.
 """
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from infer_fast.kernels.bn_match_plan import Plan, multiprocessors, plan
-from infer_fast.kernels.bn_match_statistics import add_up, penalty_coefficients
+from infer_fast.kernels.bn_match_statistics import add_up, slope_of
 from infer_fast.kernels.bn_match_tiles import (
     NONE,
     activate,
@@ -32,12 +32,13 @@ from infer_fast.kernels.bn_match_tiles import (
 # A kernel is compiled anew for each value that Triton specialises on: sizes are not worth it, nor where a vector lies.
 SIZES = ["channels", "inners", "size", "steps"]
 VECTORS = ["weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr"]
+STATISTICS = ["mean_ptr", "var_ptr", "norms_ptr", "grad_penalty_ptr"]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*VECTORS, "partial_ptr"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*VECTORS, "partial_ptr", "arrived_ptr"])
 def _forward(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, y_ptr, mask_ptr, partial_ptr,
-    channels, inners, size, steps, eps,
+    arrived_ptr, channels, inners, size, steps, eps,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, MASK: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -58,6 +59,7 @@ def _forward(
     mask_ptr          pointer, uint8 (mask_bytes,)   out with MASK: one bit of act'(z) for each element
     partial_ptr       pointer, float32 (L, 2, S, I)  out: sums of d, then of d*d, of each split and column (C for I
                                                      where contiguous)
+    arrived_ptr       pointer, int32 (L,)            out: 0, where add_up begins to count
     channels          number                         C
     inners, size      numbers                        elements of a row and of a lane, in vectors
     steps             number                         tiles of a program
@@ -95,6 +97,8 @@ def _forward(
                 bits = place_bits(across, lane, outer, side, channels, inners, size, BLOCK, VECTOR, ROWS)
                 store_bits(mask_ptr, bits, z, room, inside, side, ACTIVATION)
             tl.store(y_ptr + place, activate(z, ACTIVATION).to(y_ptr.dtype.element_ty), mask=inside)
+    if (across == 0) & (split == 0):
+        tl.store(arrived_ptr + lane, 0)
     splits = tl.num_programs(1)
     columns = inners * VECTOR if ROWS else channels
     sums_ptr = partial_ptr + (lane.to(tl.int64) * 2 * splits + split) * columns
@@ -107,10 +111,11 @@ def _forward(
         tl.store(sums_ptr + splits.to(tl.int64) * columns + across, tl.sum(square))
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*VECTORS, "coefficients_ptr"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*VECTORS, *STATISTICS])
 def _backward(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, grad_y_ptr, mask_ptr,
-    coefficients_ptr, grad_x_ptr, grad_residual_ptr, channels, inners, size, steps, eps,
+    mean_ptr, var_ptr, norms_ptr, grad_penalty_ptr, grad_x_ptr, grad_residual_ptr, channels, inners, size, steps, eps,
+    count, r_var,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, MASK: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -118,22 +123,26 @@ def _backward(
 
         g = act'(z) * grad_y,  grad_residual = g,  grad_x = g * weight / sqrt(running_var + eps) + a + b * d
 
-    d and z as in _forward, recomputed from x; a + b * d is the penalty's share (_coefficients; the derivative of
-    INFER's penalty, arXiv 2408.06927, eq. 5). Grid as in _forward, and so are the arguments but for these:
+    d and z as in _forward, recomputed from x; a + b * d is the penalty's share (slope_of; the derivative of INFER's
+    penalty, arXiv 2408.06927, eq. 5). Grid as in _forward, and so are the arguments but for these:
 
     residual_ptr       pointer, like x                read with RESIDUAL where act' needs z (silu)
     grad_y_ptr         pointer, like x
     mask_ptr           pointer, uint8 (mask_bytes,)   with MASK: the bits of act'(z), in place of z
-    coefficients_ptr   pointer, float32 (L, 2, C)     a, then b
+    mean_ptr, var_ptr  pointers, float32 (L, C)       mean - running_mean and the biased variance
+    norms_ptr          pointer, float32 (L, 2)        ||mean - running_mean||, ||var - running_var||
+    grad_penalty_ptr   pointer, float32 (L,)
     grad_x_ptr         pointer, like x                out
     grad_residual_ptr  pointer, like x                out with RESIDUAL
+    count, r_var       numbers, float32               n = B*P, and the weight of the variances' norm
     """
     OUTER: tl.constexpr = TILE // BLOCK
     across, split, lane = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     c = channels_of(across, channels, BLOCK, ROWS)
     mean, scale, shift = load_parameters(weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, eps, c, WEIGHT, BIAS)
-    a = tl.load(coefficients_ptr + lane * 2 * channels + c)
-    b = tl.load(coefficients_ptr + (lane * 2 + 1) * channels + c)
+    a, b = slope_of(
+        mean_ptr, var_ptr, norms_ptr, grad_penalty_ptr, running_var_ptr, lane, c, channels, count, r_var
+    )  # fmt: skip
     start, stride = rows_of(across, lane, channels, inners, size, ROWS)
     for step in range(split * steps, (split + 1) * steps):
         outer = step * OUTER + tl.arange(0, OUTER)
@@ -169,15 +178,16 @@ def forward(
     activation: int,
     lanes: int,
     r_var: float,
-    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    """Fills outputs = (y, penalty (lanes,), mean (lanes, C), var (lanes, C), mask) for x (lanes*B, C, H, W)."""
-    y, penalty, mean, var, mask = outputs
+    """Fills outputs = (y, penalty (lanes,), mean, var (lanes, C), norms (lanes, 2), mask) for x (lanes*B, C, H, W)."""
+    y, penalty, mean, var, norms, mask = outputs
     channels, cut = x.shape[1], _plan(x, lanes)
     partial = x.new_empty((lanes, 2, cut.parts, channels), dtype=torch.float32)
+    arrived = x.new_empty((lanes,), dtype=torch.int32)
     _forward[cut.grid](
         x, _or(residual, x), _or(weight, running_mean), _or(bias, running_mean), running_mean, running_var, y, mask,
-        partial, *_sizes(channels, cut), eps,
+        partial, arrived, *_sizes(channels, cut), float(eps),
         ACTIVATION=activation,
         RESIDUAL=residual is not None,
         MASK=mask.numel() > 0,
@@ -185,7 +195,7 @@ def forward(
         BIAS=bias is not None,
         **_constants(x, cut),
     )  # fmt: skip
-    add_up(partial, running_var, mean, var, penalty, float(cut.size // channels), r_var)
+    add_up(partial, arrived, running_var, (mean, var, norms, penalty), float(cut.size // channels), r_var)
 
 
 def backward(
@@ -199,6 +209,7 @@ def backward(
     running_var: torch.Tensor,
     mean: torch.Tensor,
     var: torch.Tensor,
+    norms: torch.Tensor,
     mask: torch.Tensor,
     eps: float,
     activation: int,
@@ -210,10 +221,10 @@ def backward(
     grad_x, grad_residual = outputs
     channels, cut = x.shape[1], _plan(x, lanes)
     masked = mask.numel() > 0
-    coefficients = penalty_coefficients(mean, var, running_var, grad_penalty, float(cut.size // channels), r_var)
     _backward[cut.grid](
         x, _or(residual, x), _or(weight, running_mean), _or(bias, running_mean), running_mean, running_var, grad_y,
-        mask, coefficients, grad_x, _or(grad_residual, grad_x), *_sizes(channels, cut), eps,
+        mask, mean, var, norms, grad_penalty, grad_x, _or(grad_residual, grad_x), *_sizes(channels, cut), float(eps),
+        float(cut.size // channels), float(r_var),
         ACTIVATION=int(NONE) if masked else activation,
         RESIDUAL=grad_residual is not None,
         MASK=masked,

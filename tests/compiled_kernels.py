@@ -47,8 +47,9 @@ class Form(NamedTuple):
 
 
 def bn_match_passes() -> Iterator[Form]:
-    names = ("weight", "bias", "running_mean", "running_var", "partial", "coefficients")
+    names = ("weight", "bias", "running_mean", "running_var", "partial", "mean", "var", "norms", "grad_penalty")
     vectors = {f"{name}_ptr": FLOATS for name in names}
+    numbers = dict.fromkeys(["eps", "count", "r_var"], "fp32")
     for dtype, rows, activation, residual, channels, plane in [
         *(("*bf16", True, activation, residual, channels, 1024)
           for channels in (24, 40, 144, 200) for activation, residual in ((3, False), (1, True))),
@@ -73,21 +74,18 @@ def bn_match_passes() -> Iterator[Form]:
             "TILE": cut.tile,
         }
         for kernel in (bn_match._forward, bn_match._backward):
-            pointers = tensors | vectors | {"mask_ptr": BYTES}
-            yield Form(kernel, pointers, {"eps": "fp32"}, constants, cut.warps, (LOADS, STORES), NARROW[dtype])
+            pointers = tensors | vectors | {"mask_ptr": BYTES, "arrived_ptr": "*i32"}
+            yield Form(kernel, pointers, numbers, constants, cut.warps, (LOADS, STORES), NARROW[dtype])
 
 
 def bn_match_sums() -> Iterator[Form]:
-    names = ("partial", "running_var", "mean", "var", "norms", "penalty", "grad_penalty", "coefficients")
-    pointers = {f"{name}_ptr": FLOATS for name in names}
-    tile = {"SPLITS": bn_match_statistics.SPLITS, "BLOCK": bn_match_statistics.CHANNELS}
-    for kernel, constants in (
-        (bn_match_statistics._finish, tile | {"WHOLE": True}),
-        (bn_match_statistics._finish, tile | {"WHOLE": False}),
-        (bn_match_statistics._penalty, {"BLOCK": 32}),
-        (bn_match_statistics._coefficients, {"BLOCK": 1024}),
-    ):
-        yield Form(kernel, pointers, {"count": "fp32", "r_var": "fp32"}, constants)
+    names = ("partial", "sums", "running_var", "mean", "var", "norms", "penalty")
+    pointers = {f"{name}_ptr": FLOATS for name in names} | {"arrived_ptr": "*i32"}
+    sizes = ("SHARE", "HEIGHT", "WIDTH", "LAST_HEIGHT", "LAST_WIDTH")
+    constants = {name: getattr(bn_match_statistics, name) for name in sizes}
+    numbers = {"count": "fp32", "r_var": "fp32"}
+    yield Form(bn_match_statistics._finish, pointers, numbers, constants, bn_match_statistics.WARPS)
+    yield Form(bn_match_statistics._norms, pointers, {}, {"BLOCK": bn_match_statistics.LAST_WIDTH})
 
 
 def perturb_steps() -> Iterator[Form]:

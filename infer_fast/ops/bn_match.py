@@ -185,7 +185,7 @@ def _match(
         residual = residual.to(x.dtype).contiguous(memory_format=dense_format(x))
     vectors = [_float32(v) for v in (weight, bias, running_mean, running_var)]
     both = (None, None) if whole is None else whole
-    y, penalty, mean, var, _ = apply_operator(x, residual, *vectors, *both, eps, activation, lanes, r_var, chosen)
+    y, penalty, mean, var, *_ = apply_operator(x, residual, *vectors, *both, eps, activation, lanes, r_var, chosen)
     if whole is not None:
         value = penalty_of(whole, running_var, r_var)
         penalty = penalty + (value - penalty).detach()

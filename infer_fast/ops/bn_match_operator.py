@@ -10,7 +10,8 @@ import torch
 from infer_fast.ops.backend import buffer, compiled
 
 ACTIVATION_NUMBERS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3}  # what kernels and native code call them
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # y, penalty, mean, var, mask
+# y, penalty, mean, var, norms, mask
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _run_forward(
@@ -28,18 +29,22 @@ def _run_forward(
     r_var: float,
     backend: str,
 ) -> Outputs:
-    """(y, penalty (lanes,), mean - running_mean (lanes, C), biased var (lanes, C), mask uint8): native or triton.
+    """(y, penalty (lanes,), mean - running_mean, biased var (lanes, C), norms, mask uint8): native or triton.
 
-    All of x's own; whole_mean and whole_var only take the place of mean and var in backward.
+    All of x's own; whole_mean and whole_var only take the place of mean and var in backward. norms is what triton's
+    backward wants of those, (lanes, 2): ||mean - running_mean|| and ||var - running_var||; empty from native.
     """
     parameters = (weight, bias, running_mean, running_var, eps)
     outputs = _empty_outputs(x, residual, *parameters[:-1], None, None, eps, activation, lanes, r_var, backend)
     if backend == "triton":
         from infer_fast.kernels import bn_match as kernels
+        from infer_fast.kernels.bn_match_statistics import fill_norms
 
         kernels.forward(x, residual, *parameters, ACTIVATION_NUMBERS[activation], lanes, r_var, outputs)
+        if whole_mean is not None and whole_var is not None:
+            fill_norms(whole_mean, whole_var, running_var, outputs[4])
         return outputs
-    y, penalty, mean, var, mask = outputs
+    y, penalty, mean, var, _, mask = outputs
     tensors = (x, residual, weight, bias, running_mean, running_var, mean, var, _mask_or_none(mask), y, penalty)
     compiled().bn_match_forward(*_native_arguments(tensors, x, eps, r_var, lanes, activation))
     return outputs
@@ -63,8 +68,9 @@ def _empty_outputs(
     """What _run_forward fills; by itself, its fake."""
     c = x.shape[1]
     mask = _mask_bytes(x, lanes, backend) if residual is not None and activation in ("relu", "relu6") else 0
-    penalty, mean, var = (x.new_empty(s, dtype=torch.float32) for s in ((lanes,), (lanes, c), (lanes, c)))
-    return torch.empty_like(x), penalty, mean, var, x.new_empty(mask, dtype=torch.uint8)
+    sizes = (lanes,), (lanes, c), (lanes, c), (lanes, 2) if backend == "triton" else (0,)
+    penalty, mean, var, norms = (x.new_empty(size, dtype=torch.float32) for size in sizes)
+    return torch.empty_like(x), penalty, mean, var, norms, x.new_empty(mask, dtype=torch.uint8)
 
 
 def _run_backward(
@@ -78,6 +84,7 @@ def _run_backward(
     running_var: torch.Tensor,
     mean: torch.Tensor,
     var: torch.Tensor,
+    norms: torch.Tensor,
     mask: torch.Tensor,
     eps: float,
     activation: str,
@@ -95,7 +102,7 @@ def _run_backward(
         from infer_fast.kernels import bn_match as kernels
 
         kind = ACTIVATION_NUMBERS[activation]
-        kernels.backward(grad_y, grad_penalty, *parameters, mask, eps, kind, lanes, r_var, outputs)
+        kernels.backward(grad_y, grad_penalty, *parameters, norms, mask, eps, kind, lanes, r_var, outputs)
         return grad_x, grad_residual
     tensors = (*parameters, _mask_or_none(mask), grad_y, grad_penalty, *outputs)
     compiled().bn_match_backward(*_native_arguments(tensors, x, eps, r_var, lanes, activation))
@@ -113,6 +120,7 @@ def _empty_gradients(
     running_var: torch.Tensor,
     mean: torch.Tensor,
     var: torch.Tensor,
+    norms: torch.Tensor,
     mask: torch.Tensor,
     eps: float,
     activation: str,
@@ -128,13 +136,13 @@ def _empty_gradients(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     x, residual, weight, bias, running_mean, running_var, whole_mean, whole_var, eps, *rest = inputs
     activation, lanes, r_var, backend = rest
-    _, _, own_mean, own_var, mask = output
+    _, _, own_mean, own_var, norms, mask = output
     mean, var = (own_mean, own_var) if whole_mean is None else (whole_mean, whole_var)
     kept = residual if activation == "silu" else None  # relu's derivative is in the mask, none's is 1
-    ctx.save_for_backward(x, kept, weight, bias, running_mean, running_var, mean, var, mask)
+    ctx.save_for_backward(x, kept, weight, bias, running_mean, running_var, mean, var, norms, mask)
     ctx.rest = (eps, activation, lanes, r_var, backend, residual is not None)
-    ctx.mark_non_differentiable(own_mean, own_var, mask)
-    ctx.set_materialize_grads(False)  # else each backward fills zeros for the three that have no gradient
+    ctx.mark_non_differentiable(own_mean, own_var, norms, mask)
+    ctx.set_materialize_grads(False)  # else each backward fills zeros for the four that have no gradient
 
 
 def _gradients(
@@ -157,7 +165,7 @@ _forward = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
     "Tensor? whole_mean, Tensor? whole_var, float eps, str activation, int lanes, float r_var, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _forward.register_fake(_empty_outputs)
 
@@ -166,8 +174,8 @@ _backward = torch.library.custom_op(
     _run_backward,
     mutates_args=(),
     schema="(Tensor grad_y, Tensor grad_penalty, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor mask, float eps, str activation, "
-    "int lanes, float r_var, str backend, bool has_residual) -> (Tensor, Tensor)",
+    "Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor norms, Tensor mask, float eps, "
+    "str activation, int lanes, float r_var, str backend, bool has_residual) -> (Tensor, Tensor)",
 )
 _backward.register_fake(_empty_gradients)
 
