@@ -69,7 +69,7 @@ def _forward(
     ROWS              whether the layout is channels_last
     VECTOR            elements of a vector; x, residual, y and the mask are aligned to it
     BLOCK             elements side by side in a tile, a power of two from 8 on
-    TILE              elements of a tile
+    TILE              elements of a tile, two rows at least
 
     T: float32, bfloat16 or float16; all is computed in float32.
     """
@@ -78,8 +78,8 @@ def _forward(
     c = channels_of(across, channels, BLOCK, ROWS)
     mean, scale, shift = load_parameters(weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, eps, c, WEIGHT, BIAS)
     start, stride = rows_of(across, lane, channels, inners, size, ROWS)
-    total = tl.zeros((OUTER, BLOCK), tl.float32)
-    square = tl.zeros((OUTER, BLOCK), tl.float32)
+    total = tl.zeros((OUTER // 2, BLOCK), tl.float32)
+    square = tl.zeros((OUTER // 2, BLOCK), tl.float32)
     for step in range(split * steps, (split + 1) * steps):
         outer = step * OUTER + tl.arange(0, OUTER)
         for begin in range(0, 1 if ROWS else inners * VECTOR, BLOCK):
@@ -88,8 +88,8 @@ def _forward(
             place, room = place_tile(start, stride, outer, inner, inners, size, VECTOR)
             inside = inner[None, :] < room[:, None]
             d = tl.where(inside, tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) - mean, 0.0)
-            total += d
-            square += d * d
+            total += tl.sum(tl.reshape(d, (2, OUTER // 2, BLOCK)), 0)  # both halves are the same thread's
+            square += tl.sum(tl.reshape(d * d, (2, OUTER // 2, BLOCK)), 0)
             z = d * scale + shift
             if RESIDUAL:
                 z += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)

@@ -48,11 +48,11 @@ def plan(images: int, channels: int, plane: int, rows: bool, lanes: int, itemsiz
     """
     size = images * channels * plane
     inners = math.lcm(channels, BLOCK) if rows else plane
-    block = BLOCK if rows else max(VECTOR, min(1024, 1 << (plane - 1).bit_length()))
+    block = BLOCK if rows else max(VECTOR, min(512, 1 << (plane - 1).bit_length()))
     across = inners // block if rows else channels
     outers = -(-size // inners) if rows else images
     for warps in WARPS:
-        tile = max(block, warps * 32 * THREAD_BYTES // itemsize)
+        tile = warps * 32 * THREAD_BYTES // itemsize  # two rows at least
         tiles = -(-outers * block // tile)
         if across * tiles * lanes >= BUSY * multiprocessors:
             break
