@@ -241,8 +241,8 @@ def mask_bytes(x: torch.Tensor, lanes: int) -> int:
 
 
 def _rows(x: torch.Tensor) -> bool:
-    """Whether the plan sees pixels of all channels (channels_last), not planes of one."""
-    return not x.is_contiguous()
+    """Whether the plan sees pixels of all channels (channels_last, or single pixels), not planes of one."""
+    return not x.is_contiguous() or x.shape[2] * x.shape[3] == 1
 
 
 def _plan(x: torch.Tensor, lanes: int) -> Plan:
