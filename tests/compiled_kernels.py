@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from infer_fast.kernels import bn_match, bn_match_statistics, compose, perturb
+from infer_fast.kernels import adam, bn_match, bn_match_statistics, compose, perturb
 from infer_fast.kernels.bn_match_plan import plan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -99,6 +99,17 @@ def perturb_steps() -> Iterator[Form]:
             yield Form(kernel, pointers, numbers, constants, perturb.WARPS, wide if aligned else ())
 
 
+def adam_steps() -> Iterator[Form]:
+    names = ("optimised", "m", "v", "gradient", "lr", "low", "high")
+    pointers = {f"{name}_ptr": FLOATS for name in names}
+    pointers |= {"counter_ptr": LONGS, "now_ptr": LONGS, "broken_ptr": "*i32"}
+    numbers = dict.fromkeys(["beta1", "beta2", "log2_beta1", "log2_beta2", "epsilon"], "fp32")
+    constants = {"VECTOR": adam.VECTOR, "CHUNK": adam.CHUNK}
+    yield Form(adam._look, pointers, numbers, constants, adam.WARPS, (LOADS,))
+    for bounded in (True, False):
+        yield Form(adam._step, pointers, numbers, constants | {"BOUNDED": bounded}, adam.WARPS, (LOADS, STORES))
+
+
 def compose_batches() -> Iterator[Form]:
     types = {
         LONGS: ("base_index", "compensator_index", "shift", "partner"),
@@ -144,7 +155,7 @@ def check(form: Form, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    forms = [*bn_match_passes(), *bn_match_sums(), *perturb_steps(), *compose_batches()]
+    forms = [*bn_match_passes(), *bn_match_sums(), *perturb_steps(), *adam_steps(), *compose_batches()]
     for form in forms:
         check(form, Path(os.environ["TRITON_CACHE_DIR"]))
     print(len(forms), "kernels")

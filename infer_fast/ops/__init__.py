@@ -1,7 +1,8 @@
 """The fused operations of dataset distillation, each with a plain PyTorch reference and faster backends."""
 
+from infer_fast.ops.adam import adam_
 from infer_fast.ops.bn_match import bn_match, bn_match_statistics
 from infer_fast.ops.compose import Quantised, compose
 from infer_fast.ops.perturb import perturb_
 
-__all__ = ["Quantised", "bn_match", "bn_match_statistics", "compose", "perturb_"]
+__all__ = ["Quantised", "adam_", "bn_match", "bn_match_statistics", "compose", "perturb_"]
