@@ -1,0 +1,69 @@
+"""What the launchers in infer_fast.kernels fill their outputs with, in plain PyTorch on CPU tensors.
+
+Arguments as the launchers'. Masks are laid out anew (one bit per element, in the order of the elements), for only the
+launchers read what they wrote.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
+from infer_fast.ops.bn_match import reference as bn_match
+from infer_fast.ops.bn_match_operator import ACTIVATION_NUMBERS
+from infer_fast.ops.compose import Quantised
+from infer_fast.ops.compose import reference as composed
+from infer_fast.ops.perturb import reference as perturb
+
+__all__ = ["bn_match_backward", "bn_match_forward", "compose", "perturb"]
+
+NAMES = {number: name for name, number in ACTIVATION_NUMBERS.items()}
+BITS = 2 ** torch.arange(8, dtype=torch.uint8)
+
+
+def bn_match_forward(
+    x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, outputs
+) -> None:
+    y, penalty, mean, var, mask = outputs
+    z, own_penalty, own = bn_match(
+        x.float(), weight, bias, running_mean, running_var, eps, residual=residual, lanes=lanes, r_var=r_var
+    )
+    y.copy_(ACTIVATIONS[NAMES[activation]](z))
+    for tensor, value in ((penalty, own_penalty), (mean, own.mean), (var, own.var)):
+        tensor.copy_(value)
+    if mask.numel():
+        passed = (z > 0) & (z < (6 if NAMES[activation] == "relu6" else torch.inf))
+        flat = torch.nn.functional.pad(passed.flatten().to(torch.uint8), (0, -passed.numel() % 8))
+        packed = (flat.view(-1, 8) * BITS).sum(dim=1, dtype=torch.uint8)
+        mask[: len(packed)] = packed
+
+
+@torch.enable_grad()
+def bn_match_backward(
+    grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, mask, eps, activation, lanes,
+    r_var, outputs,
+) -> None:  # fmt: skip
+    grad_x, grad_residual = outputs
+    leaf = x.float().requires_grad_(True)
+    z, penalty, _ = bn_match(
+        leaf, weight, bias, running_mean, running_var, eps, residual=residual, lanes=lanes, r_var=r_var,
+        whole=Statistics(mean, var),
+    )  # fmt: skip
+    grad = grad_y.float()
+    if mask.numel():
+        bits = (mask[:, None] & BITS) > 0
+        grad = grad * bits.flatten()[: x.numel()].view(x.shape)
+    elif NAMES[activation] != "none":
+        at = z.detach().requires_grad_(True)
+        grad = torch.autograd.grad(ACTIVATIONS[NAMES[activation]](at), at, grad)[0]
+    grad_x.copy_(torch.autograd.grad([z, penalty], leaf, [grad, grad_penalty])[0])
+    if grad_residual is not None:
+        grad_residual.copy_(grad)
+
+
+def compose(base, base_index, compensators, compensator_index, shift, flip, lam, partner, statistics, out) -> None:
+    mean, std = (tuple(row) for row in statistics.tolist())
+    dense = None if compensators is None else Quantised(*compensators)
+    known = None if compensators is None else compensator_index
+    drawn = {"shift": shift, "flip": flip, "lam": lam, "partner": partner}
+    out.copy_(composed(base, base_index, dense, known, **drawn, mean=mean, std=std, dtype=out.dtype))

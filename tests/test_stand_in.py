@@ -1,0 +1,51 @@
+"""The CUDA path on a stand-in for an H100 (see tests/stand_in): values, lawful captures, memory, launches.
+
+Each check is a function of a module in tests/stand_in; a module's checks run in one process under the stand-in, whose
+first test waits for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.conftest import SEED
+from tests.stand_in.checks import names_of
+from tests.stand_in.process import StandIn, why_not
+
+reason = why_not()
+pytestmark = pytest.mark.skipif(reason is not None, reason=f"no stand-in for a GPU: {reason}")
+
+Outcomes = dict[str, str | None]  # of each check: what failed, or None
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    return StandIn.compiled(tmp_path_factory.mktemp("stand_in"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(stand_in: StandIn) -> Callable[[str], Outcomes]:
+    """outcomes(module): what its checks said, once in a session."""
+    known: dict[str, Outcomes] = {}
+
+    def of(module: str) -> Outcomes:
+        if module not in known:
+            done = stand_in.run("tests.stand_in.checks", module, str(SEED))
+            lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["check_')]
+            assert done.returncode == 0, done.stderr[-3000:]
+            known[module] = {name: failed for name, _, failed in lines}
+        return known[module]
+
+    return of
+
+
+def checks(module: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("check", names_of(module), ids=lambda name: name.removeprefix("check_"))
+
+
+@checks("device")
+def test_torch_takes_the_stand_in_for_a_gpu(outcomes, check):
+    assert outcomes("device")[check] is None, outcomes("device")[check]
