@@ -49,3 +49,9 @@ def checks(module: str) -> pytest.MarkDecorator:
 @checks("device")
 def test_torch_takes_the_stand_in_for_a_gpu(outcomes, check):
     assert outcomes("device")[check] is None, outcomes("device")[check]
+
+
+@pytest.mark.slow
+@checks("engines")
+def test_a_captured_synthesis_is_the_eager_one(outcomes, check):
+    assert outcomes("engines")[check] is None, outcomes("engines")[check]

@@ -1,0 +1,97 @@
+"""solve() as a captured graph of Triton launches gives what eager PyTorch gives on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from infer_fast.models import build
+from infer_fast.models.execution import Execution
+from infer_fast.recipes import SynthesisSettings
+from infer_fast.synthesis.solver import Solver
+from tests.stand_in.emulation import emulated, value
+
+SETTINGS = SynthesisSettings(iterations=5, lr=0.1, jitter=2, mean=(0.5,) * 3, std=(0.25,) * 3)
+PLAIN = Execution("float32", "eager", "reference")
+CLASSES, LANES = 4, 2
+
+
+def trained(name: str, size: int) -> nn.Module:
+    """A network whose BatchNorms have statistics of their own."""
+    network = build(name, CLASSES, (size, size), seed=0).eval().requires_grad_(False)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 1.5)
+    return network
+
+
+def compare(
+    network: nn.Module,
+    size: int,
+    settings: SynthesisSettings = SETTINGS,
+    *,
+    lanes: int | None = None,
+    chunk: int | None = None,
+    tolerance: float = 1e-3,  # Adam's first steps are as long where the gradient is all rounding
+    precision: str = "float32",
+) -> None:
+    """LANES tasks of CLASSES images, by the engine and backend that auto chooses, and by neither."""
+    base = torch.randn(LANES, CLASSES, 3, size, size)
+    want = Solver(copy.deepcopy(network), settings=settings, execution=replace(PLAIN, precision=precision)).solve(base)
+    with emulated() as record:
+        solver = Solver(
+            copy.deepcopy(network).cuda(), settings=settings, execution=Execution(precision), lanes=lanes, chunk=chunk
+        )
+        got = value(solver.solve(base.cuda()))
+        assert solver.execution.engine == "graph"
+    assert record.captured_launches["_forward_kernel"] > 0 and record.captured_launches["_backward_kernel"] > 0
+    difference = float((got - want).norm() / want.norm())
+    assert difference <= tolerance, f"differs by {difference:.2g} of its norm"
+
+
+def check_compensators_of_two_lanes_in_one_batch():
+    compare(trained("convnet", 16), 16)
+
+
+def check_one_lane_after_the_other_in_the_same_graph():
+    compare(trained("convnet-residual", 16), 16, lanes=1)
+
+
+def check_chunks():
+    compare(trained("convnet-silu", 16), 16, chunk=3)
+
+
+def check_images_with_tv_and_l2():
+    compare(trained("convnet", 16), 16, replace(SETTINGS, optimise="images", tv_l2=1e-3, l2_scale=1e-3))
+
+
+def check_weight_adjustment():
+    compare(trained("convnet-separable", 16), 16, replace(SETTINGS, optimise="images", steps=3, rho=0.5, r_var=11.0))
+
+
+def check_crops_of_64_pixels():
+    compare(trained("convnet", 64), 64, replace(SETTINGS, iterations=4))
+
+
+def check_bfloat16():
+    compare(trained("convnet", 16), 16, precision="bfloat16", tolerance=0.05)
+
+
+def check_resnet18():
+    compare(trained("resnet18", 32), 32, replace(SETTINGS, iterations=2))
+
+
+def check_mobilenetv2():
+    compare(trained("mobilenetv2", 32), 32, replace(SETTINGS, iterations=2))
+
+
+def check_efficientnet_b0():
+    compare(trained("efficientnet_b0", 32), 32, replace(SETTINGS, iterations=2))
+
+
+def check_shufflenet_g2():
+    compare(trained("shufflenet_g2", 32), 32, replace(SETTINGS, iterations=2))
