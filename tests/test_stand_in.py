@@ -55,3 +55,9 @@ def test_torch_takes_the_stand_in_for_a_gpu(outcomes, check):
 @checks("engines")
 def test_a_captured_synthesis_is_the_eager_one(outcomes, check):
     assert outcomes("engines")[check] is None, outcomes("engines")[check]
+
+
+@pytest.mark.slow
+@checks("training")
+def test_captured_training_is_the_eager_one(outcomes, check):
+    assert outcomes("training")[check] is None, outcomes("training")[check]
