@@ -61,3 +61,9 @@ def test_a_captured_synthesis_is_the_eager_one(outcomes, check):
 @checks("training")
 def test_captured_training_is_the_eager_one(outcomes, check):
     assert outcomes("training")[check] is None, outcomes("training")[check]
+
+
+@pytest.mark.slow
+@checks("commands")
+def test_whole_commands_do_nothing_that_a_capture_forbids(outcomes, check):
+    assert outcomes("commands")[check] is None, outcomes("commands")[check]

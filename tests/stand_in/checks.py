@@ -1,6 +1,8 @@
 """Runs the checks of a module in this package, under the stand-in.
 
-python -m tests.stand_in.checks engines 0    # one line of JSON for each check: its name, seconds, what failed or null (0: the seed)
+python -m tests.stand_in.checks engines 0    # with the random seed 0
+
+A check prints one line of JSON: its name, its seconds, and what failed or null.
 """
 
 from __future__ import annotations
