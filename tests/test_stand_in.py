@@ -67,3 +67,9 @@ def test_captured_training_is_the_eager_one(outcomes, check):
 @checks("commands")
 def test_whole_commands_do_nothing_that_a_capture_forbids(outcomes, check):
     assert outcomes("commands")[check] is None, outcomes("commands")[check]
+
+
+@pytest.mark.slow
+@checks("memory")
+def test_device_memory_goes_back_without_the_collector(outcomes, check):
+    assert outcomes("memory")[check] is None, outcomes("memory")[check]
