@@ -73,3 +73,9 @@ def test_whole_commands_do_nothing_that_a_capture_forbids(outcomes, check):
 @checks("memory")
 def test_device_memory_goes_back_without_the_collector(outcomes, check):
     assert outcomes("memory")[check] is None, outcomes("memory")[check]
+
+
+@pytest.mark.slow
+@checks("launches")
+def test_an_iteration_launches_no_more_than_it_did(outcomes, check):
+    assert outcomes("launches")[check] is None, outcomes("launches")[check]
