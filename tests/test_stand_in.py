@@ -79,3 +79,9 @@ def test_device_memory_goes_back_without_the_collector(outcomes, check):
 @checks("launches")
 def test_an_iteration_launches_no_more_than_it_did(outcomes, check):
     assert outcomes("launches")[check] is None, outcomes("launches")[check]
+
+
+@pytest.mark.slow
+@checks("published")
+def test_iterations_of_the_published_sizes_are_captured_without_a_hazard(outcomes, check):
+    assert outcomes("published")[check] is None, outcomes("published")[check]
