@@ -35,8 +35,8 @@ def outcomes(stand_in: StandIn) -> Callable[[str], Outcomes]:
         if module not in known:
             done = stand_in.run("tests.stand_in.checks", module, str(SEED))
             lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["check_')]
-            assert done.returncode == 0, done.stderr[-3000:]
-            known[module] = {name: failed for name, _, failed in lines}
+            known[module] = dict.fromkeys(names_of(module), f"did not come to its end: {done.stderr[-3000:]}")
+            known[module] |= {name: failed for name, _, failed in lines}
         return known[module]
 
     return of

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,7 +26,7 @@ from tests.stand_in.record import Record, recorded_launches
 
 EMPTY = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 OWN = {"record_stream", "is_pinned", "_pin_memory", "pin_memory", "set_", "detach", "alias", "resize_"}  # torch does it
-LAUNCHERS = {
+LAUNCHERS: dict[tuple[ModuleType, str], Callable[..., None]] = {
     (bn_match, "forward"): arithmetic.bn_match_forward,
     (bn_match, "backward"): arithmetic.bn_match_backward,
     (compose, "compose"): arithmetic.compose,
@@ -157,7 +158,7 @@ def emulated() -> Iterator[Record]:
             stack.enter_context(mock.patch.object(module, name, _launcher(getattr(module, name), computed)))
         stack.enter_context(Emulation(record))
         yield record
-    assert record.hazards() == []
+    record.check()
 
 
 def value(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ def trained(name: str, size: int) -> nn.Module:
     """A network whose BatchNorms have statistics of their own."""
     network = build(name, CLASSES, (size, size), seed=0).eval().requires_grad_(False)
     for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
             norm.running_mean.normal_(std=0.1)
             norm.running_var.uniform_(0.5, 1.5)
     return network

@@ -27,8 +27,8 @@ def why_not() -> str | None:
         return "the stubs are preloaded as Linux does it"
     if (torch.version.cuda or "").split(".")[0] != str(CUDA):
         return f"this torch was not built for CUDA {CUDA}"
-    header = None if headers() is None else headers() / "cuda_runtime_api.h"
-    if header is None or not header.is_file():
+    header = headers() / "cuda_runtime_api.h"
+    if not header.is_file():
         return "Triton, which brings CUDA's headers, is not installed"
     if not re.search(rf"define CUDART_VERSION +{CUDA}\d\d\d\b", header.read_text()):
         return f"this Triton's headers are not CUDA {CUDA}'s"
@@ -40,12 +40,11 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
 
 
-def headers() -> Path | None:
-    """CUDA's headers, which the Triton wheel brings."""
+def headers() -> Path:
+    """Where CUDA's headers are if Triton is installed, whose wheel brings them."""
     found = importlib.util.find_spec("triton")
-    if found is None or found.origin is None:
-        return None
-    return Path(found.origin).parent / "backends" / "nvidia" / "include"
+    package = Path("triton") if found is None or found.origin is None else Path(found.origin).parent
+    return package / "backends" / "nvidia" / "include"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class StandIn:
     @classmethod
     def compiled(cls, folder: Path) -> StandIn:
         """Compiles it there."""
-        command = [compiler(), "-std=gnu11", "-shared", "-fPIC", "-w"]
+        command = [str(compiler()), "-std=gnu11", "-shared", "-fPIC", "-w"]
         sources = [str(HERE / name) for name in ("runtime.c", "succeeds.c")]
         subprocess.run([*command, f"-I{headers()}", *sources, "-o", str(folder / "libruntime.so")], check=True)
         (folder / "driver").mkdir()

@@ -72,6 +72,11 @@ class Record:
         """Everything that would fail or wait on a GPU: what was noted here, and by the runtime."""
         return sorted({*self.noted, *(f"{what} inside a capture" for what in violations()[self.earlier :])})
 
+    def check(self) -> None:
+        """Raises AssertionError if there was a hazard."""
+        found = self.hazards()
+        assert not found, "; ".join(found)
+
     def note_op(self, function: torch._ops.OpOverload, tensors: Sequence[torch.Tensor]) -> None:
         """Looks at an op before it is run: host tensors where they have no place."""
         name = function._schema.name.split("::")[1]
@@ -171,7 +176,7 @@ def idle() -> Iterator[Record]:
     record = Record()
     with recorded_launches(record), Idle(record):
         yield record
-    assert record.hazards() == []
+    record.check()
 
 
 def _empty_results(function: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -67,7 +68,7 @@ def compare(
     """A network trained by the engine and backend that auto chooses, and by neither."""
     resident, network = instances(soft=soft, compensated=compensated), build(name, CLASSES, (SIZE, SIZE), seed=1)
     teachers = [
-        Teacher(n, build(n, CLASSES, (SIZE, SIZE), seed=2).eval(), 0.0, None, "")
+        Teacher(n, build(n, CLASSES, (SIZE, SIZE), seed=2).eval(), 0.0, Path(), "")
         for n in (("convnet", "convnet-silu") if dynamic else ())
     ]
     plain = Execution("float32", "eager", "reference")
