@@ -122,6 +122,8 @@ class Emulation(TorchDispatchMode):
         to_host = asked is not None and asked.type == "cpu"
         if to_host and tape is not None:
             self.record.noted.append(f"{function} copies to the host inside a capture")
+        if name == "_local_scalar_dense" and tape is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")  # as CUDA has it
         kwargs.pop("pin_memory", None)
         packed, named = _packed(args), _packed(kwargs)
         writes = [a for a in function._schema.arguments if a.alias_info is not None and a.alias_info.is_write]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
+from infer_fast.errors import InferFastWarning
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
 from infer_fast.recipes import SynthesisSettings
@@ -79,6 +81,28 @@ def check_crops_of_64_pixels():
 
 def check_bfloat16():
     compare(trained("convnet", 16), 16, precision="bfloat16", tolerance=0.05)
+
+
+class Reading(nn.Module):
+    """A network whose way depends on a value, as no graph's can."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x if x.abs().max() > 0 else x + 1)
+
+
+def check_a_teacher_that_cannot_be_captured_is_solved_eagerly():
+    base, network = torch.randn(LANES, CLASSES, 3, 16, 16), Reading(trained("convnet", 16))
+    want = Solver(network, settings=SETTINGS, execution=PLAIN).solve(base)
+    with pytest.raises(AssertionError, match="read by the host inside a capture"), emulated():
+        solver = Solver(copy.deepcopy(network).cuda(), settings=SETTINGS, execution=Execution("float32"))
+        with pytest.warns(InferFastWarning, match="No CUDA graph of this teacher .* going on eager"):
+            got = value(solver.solve(base.cuda()))
+    assert solver.execution.engine == "eager"
+    assert float((got - want).norm() / want.norm()) <= 1e-3
 
 
 def check_resnet18():
