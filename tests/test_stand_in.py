@@ -28,7 +28,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
 
 @pytest.fixture(scope="module")
 def outcomes(stand_in: StandIn) -> Callable[[str], Outcomes]:
-    """outcomes(module): what its checks said, once in a session."""
+    """outcomes(module): what its checks said, run once."""
     known: dict[str, Outcomes] = {}
 
     def of(module: str) -> Outcomes:
