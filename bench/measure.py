@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -16,8 +17,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from infer_fast.extras import installed
 from infer_fast.models.execution import at_precision
-from infer_fast.ops.backend import HAS_TRITON, native
+from infer_fast.ops.backend import EXTENSION, HAS_TRITON, native
+
+KERNELS = "infer_fast.kernels"
+INSTALL = "pip install --no-deps --no-build-isolation --editable ."
 
 
 def device() -> torch.device:
@@ -151,14 +156,43 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
+def missing_backend() -> str | None:
+    """What can't be found of our own code and what to do about it, in one sentence; None where nothing is missing.
+
+    After a plain install it lies in site-packages, hidden by the checkout's own folder infer_fast/.
+    """
+    missing = [name for name in (KERNELS, EXTENSION) if not installed(name)]
+    if not missing:
+        return None
+    return (
+        f"{' and '.join(missing)} can't be found from this folder, and nothing else is worth measuring: "
+        f"run `{INSTALL}` here, where a C++17 compiler is, and then this command again."
+    )
+
+
+def stop_if_incomplete() -> None:
+    """Ends the program with exit code 2 and missing_backend's sentence, if there is one.
+
+    On a GPU the native backend serves nothing that is timed: without it alone, the sentence is said, and work goes on.
+    """
+    sentence = missing_backend()
+    if sentence is None:
+        return
+    print(f"bench: {sentence}", file=sys.stderr)
+    if not (torch.cuda.is_available() and installed(KERNELS)):
+        raise SystemExit(2)
+
+
 def arguments(description: str) -> argparse.Namespace:
-    backend = native()
-    if backend is not None:
-        backend.keep_freed_memory()  # as our command lines do; both ways gain by it
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes: under a minute on 2 CPU cores")
     parser.add_argument("--output", type=Path, help="JSON file (default: none)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    stop_if_incomplete()
+    backend = native()
+    if backend is not None:
+        backend.keep_freed_memory()  # as our command lines do; both ways gain by it
+    return options
 
 
 def write(path: Path | None, rows: list[dict], **more: object) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from infer_fast.models import build
 from infer_fast.models.teacher import Teacher
 from infer_fast.models.train import Schedule, Training, fit, predict, soft_loss
 from infer_fast.recipes import SynthesisSettings, base_images_per_class
-from infer_fast.relabel import relabel
+from infer_fast.students.labels import averaged_logits
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.solver import Solver
 
@@ -115,7 +115,8 @@ def whole_ours(case: Case) -> dict[str, float]:
     shape = (case.classes, k, 1 + len(teachers), case.classes)
     names = tuple(str(c) for c in range(case.classes))
     blank = DistilledSet(base, quantise(dense, PIXELS.std), torch.zeros(shape, dtype=torch.float16), PIXELS, names)
-    distilled = relabel(blank, teachers)
+    logits = averaged_logits(teachers, lambda p: blank.instances(p).to(device), len(blank))
+    distilled = replace(blank, logits=logits.half().cpu().view(shape))
     clock.stop("labels")
     resident = resident_distilled(distilled, soft=True).to(device)
     per_epoch = -(-len(distilled) // case.batch_size)

@@ -10,7 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+try:
+    from tyro.conf import arg
+except ImportError:  # programs and benchmarks read the recipes too, and need no parser of flags
+
+    def arg(**_: object) -> None:  # type: ignore[no-redef]
+        """What only a parser of flags would read is left out."""
+
 
 Precision = Literal["auto", "fast", "float32", "tf32", "bfloat16"]
 Engine = Literal["auto", "eager", "compile", "graph", "graph-compile"]  # see infer_fast.models.engine
