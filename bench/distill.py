@@ -3,16 +3,18 @@
     python -m bench.distill --quick
     python -m bench.distill --output bench/results/distill-cpu.json
 
-Times are milliseconds per iteration of all lanes, over whole `solve` calls with set-up (surgery, capture) included on
-both sides; the published way solves the lanes one after another. The share is the floating-point operations an
-iteration needs (forward and input gradient of the convolutions and matrix products) at the measured rate of a large
-matrix product in the same precision, over the time taken. A GPU also runs the larger images and one whole synthesis.
+Times are milliseconds per iteration of all lanes at the steady pace; the published way solves the lanes one after
+another, in PyTorch's default precision, as its users do. Set-up (copies, surgery, the first iterations, capture) has
+columns of its own: seconds for all lanes. Each way is freed before the next one is made. The share is the
+floating-point operations an iteration needs (forward and input gradient of the convolutions and matrix products) at the
+measured rate of a large matrix product in the same precision, over the time taken. A GPU also runs the larger images
+and one whole synthesis, set-up included.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -72,7 +74,8 @@ def main() -> None:
         measure.write(options.output, rows, flops_per_second=rates)
 
     if on_gpu and not options.quick:
-        keep(whole_synthesis())
+        for whole in whole_synthesis():
+            keep(whole)
     for case in QUICK if options.quick else GPU if on_gpu else CPU:
         own = []
         for name in case.teachers:
@@ -91,36 +94,63 @@ def teacher_row(name: str, case: Case, rates: dict[str, float]) -> dict:
     base = torch.randn(case.lanes, case.classes, 3, case.size, case.size, device=device)
     settings = SynthesisSettings(iterations=case.iterations, lr=0.01, batch_size=case.classes)
     views = draw_views(0, 0, list(range(case.lanes)), iterations=case.iterations, jitter=settings.jitter).to(device)
-    published_fits = agrees(name, teacher, base, settings, views)
-
-    def the_published_way() -> None:
-        for lane in range(case.lanes):
-            published.solve(teacher, base[lane], settings, views.lane(lane))
-
-    ways: dict[str, Callable[[], object]] = {"published": the_published_way} if published_fits else {}
+    ways: dict[str, Callable[[], Callable[[], object]]] = {}
+    if agrees(name, teacher, base, settings, views):
+        ways["published"] = partial(the_published_way, teacher, base, settings, views)
+    measure.free()
     for precision in rates:
         ways[precision] = partial(ours, teacher, settings, precision, base, views)
-        ways[f"floor {precision}"] = floor(teacher, base.flatten(0, 1), precision, case.iterations)
-    taken = measure.milliseconds_in_turn(ways, case.rounds, warm_up=False)  # the check has warmed up
-    return row(name, case, {way: t / case.iterations for way, t in taken.items()}, flops(teacher, base), rates)
+        ways[f"floor {precision}"] = partial(floor, teacher, base.flatten(0, 1), precision, case.iterations)
+    taken = measure.made_in_turn(ways, case.rounds)
+    return row(name, case, taken, flops(teacher, base), rates)
+
+
+def the_published_way(
+    teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views
+) -> Callable[[], None]:
+    """Lane after lane, all iterations of each; every lane is set up, and one iteration has warmed up."""
+    tasks = [published.Task(teacher, lane, settings, views.lane(place)) for place, lane in enumerate(base)]
+    tasks[0].step()
+
+    def run() -> None:
+        for task in tasks:
+            task.restart()
+            for _ in range(settings.iterations):
+                task.step()
+
+    return run
 
 
 def ours(
     teacher: nn.Module, settings: SynthesisSettings, precision: str, base: torch.Tensor, views: Views
-) -> torch.Tensor:
-    """The compensators (L, 3, H, W), from set-up on."""
-    return Solver(teacher, settings=settings, execution=Execution(precision)).solve(base, views)
+) -> Callable[[], None]:
+    """All iterations of all lanes side by side, on a loop that is prepared and has run once."""
+    targets = torch.arange(base.shape[1], device=base.device)
+    loop = Solver(teacher, settings=settings, execution=Execution(precision)).prepare(base, views, targets)
+    loop.step()
+
+    def run() -> None:
+        loop.restart()
+        for _ in range(settings.iterations):
+            loop.step()
+
+    return run
 
 
 def agrees(name: str, teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views) -> bool:
-    """Both ways compute the same compensator: 3 iterations of lane 0 in float32. False: the published one won't fit."""
+    """Both ways compute the same compensator: 3 iterations of lane 0, both in float32 without TF32.
+
+    False: the published one won't fit. Raises SystemExit where they differ.
+    """
     views = Views(views.shift[:3, :1])  # the published way has shifts alone here
     settings = replace(settings, iterations=len(views.shift))
-    try:
-        expected = published.solve(teacher, base[0], settings, views)
-    except torch.OutOfMemoryError:
-        return False
-    got = ours(teacher, settings, "float32", base[:1], views)[0]
+    with at_precision(base.device, "float32"):  # PyTorch's default is TF32 for convolutions
+        try:
+            expected = published.solve(teacher, base[0], settings, views)
+        except torch.OutOfMemoryError:
+            return False
+        measure.free()
+        got = Solver(teacher, settings=settings, execution=Execution("float32")).solve(base[:1], views)[0]
     error = ((got - expected).norm() / expected.norm()).item()
     if not error < 0.05:  # Adam turns the sign of a tiny gradient into a whole step: a few pixels may differ
         raise SystemExit(f"{name}: compensators differ by {error:.2g}")
@@ -139,6 +169,7 @@ def floor(teacher: nn.Module, images: torch.Tensor, precision: str, iterations: 
         torch.autograd.grad(out.float().square().mean(), x)
 
     step = capture(once, lambda: None) if images.is_cuda else once
+    step()
 
     def run() -> None:
         for _ in range(iterations):
@@ -156,74 +187,110 @@ def flops(teacher: nn.Module, base: torch.Tensor) -> int:
     return counter.get_total_flops() * base.shape[0] * base.shape[1] // 2
 
 
-def row(name: str, case: Case, taken: dict[str, float], operations: int, rates: dict[str, float]) -> dict:
-    best = min(rates, key=lambda p: taken[p])
-    least = min(taken[f"floor {p}"] for p in rates)
-    theirs = taken.get("published")
+def row(name: str, case: Case, taken: dict[str, measure.Taken], operations: int, rates: dict[str, float]) -> dict:
+    """The figures of one teacher; those of a way that did not fit are None."""
+    ms: dict[str, float | None] = {way: t.run / case.iterations for way, t in taken.items()}
+    own = {p: t for p in rates if (t := ms.get(p)) is not None}
+    if not own:
+        return {"case": case.name, "teacher": name, "GFLOP": operations / 1e9, "note": "did not fit"}
+    best = min(own, key=lambda p: own[p])
+    least = min((t for way, t in ms.items() if way.startswith("floor") and t is not None), default=None)
+    theirs = ms.get("published")
+    ways = ["published", *(way for p in rates for way in (p, f"floor {p}"))]
     return {
         "case": case.name,
         "teacher": name,
         "GFLOP": operations / 1e9,
-        **{f"{way} ms": t for way, t in taken.items()},
-        **{f"published / {p}": theirs and theirs / taken[p] for p in rates},
+        **{f"{way} ms": ms.get(way) for way in ways},
+        **{f"{way} set-up s": taken[way].set_up / 1e3 if way in taken else None for way in ("published", *rates)},
+        **{f"published / {p}": ratio(theirs, own.get(p)) for p in rates},
         "best": best,
-        "published / best": theirs and theirs / taken[best],
-        "published / floor": theirs and theirs / least,
-        "share of matrix rate": operations / rates[best] / (taken[best] / 1e3),
-        "seconds per image, 2000 iterations": 2 * taken[best] / (case.lanes * case.classes),
+        "published / best": ratio(theirs, own[best]),
+        "published / floor": ratio(theirs, least),
+        "share of matrix rate": operations / rates[best] / (own[best] / 1e3),
+        "seconds per image, 2000 iterations": 2 * own[best] / (case.lanes * case.classes),
     }
 
 
+def ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
+
+
+def total_of(values: Sequence[float | None]) -> float | None:
+    """The sum, None if one of them is."""
+    known = [v for v in values if v is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
 def total_row(rows: list[dict]) -> dict:
-    """The M = 4 cycle: times and operations add up, the best precision is chosen per teacher."""
-    total = {key: sum(r[key] for r in rows) for key in rows[0] if key.endswith(" ms") or key == "GFLOP"}
-    best = sum(r["published ms"] / r["published / best"] for r in rows)
-    least = sum(r["published ms"] / r["published / floor"] for r in rows)
-    at_rate = sum(r["share of matrix rate"] * r["published ms"] / r["published / best"] for r in rows)
+    """The M = 4 cycle: times and operations add up, the best precision is chosen per teacher.
+
+    None wherever one of the teachers has no figure, such as the published way where that did not fit.
+    """
+
+    def total(key: str) -> float | None:
+        return total_of([r.get(key) for r in rows])
+
+    columns = [key for key in rows[0] if key.endswith((" ms", " set-up s"))]
     precisions = [key.removeprefix("published / ") for key in rows[0] if key.startswith("published / ")]
+    theirs = total("published ms")
+    floors = [[v for k, v in r.items() if k.startswith("floor") and v is not None] for r in rows]
+    best = total_of([r[f"{r['best']} ms"] if "best" in r else None for r in rows])
+    least = total_of([min(each, default=None) for each in floors])
+    at_rate = sum(r["share of matrix rate"] * r[f"{r['best']} ms"] for r in rows if "best" in r)
     return {
         "case": rows[0]["case"],
         "teacher": "all four",
-        **total,
-        **{f"published / {p}": total["published ms"] / total[f"{p} ms"] for p in precisions if f"{p} ms" in total},
+        "GFLOP": total("GFLOP"),
+        **{key: total(key) for key in columns},
+        **{f"published / {p}": ratio(theirs, total(f"{p} ms")) for p in precisions if f"{p} ms" in rows[0]},
         "best": "each one's",
-        "published / best": total["published ms"] / best,
-        "published / floor": total["published ms"] / least,
-        "share of matrix rate": at_rate / best,
+        "published / best": ratio(theirs, best),
+        "published / floor": ratio(theirs, least),
+        "share of matrix rate": ratio(at_rate, best),
         "seconds per image, 2000 iterations": None,
     }
 
 
-def whole_synthesis() -> dict:
-    """All tasks of the CIFAR-100 ipc 10 recipe: ours whole, the published way for 20 iterations of each."""
+def whole_synthesis() -> Iterator[dict]:
+    """All tasks of the CIFAR-100 ipc 10 recipe, a teacher a row, then all: ours whole, and what the published way takes
+    for its set-ups and iterations at the pace of 20 of them."""
     device, recipe = measure.device(), RECIPES[WHOLE_RUN]
     plan = make_plan(recipe, 100, (32, 32))
-    settings, few = recipe.synthesis, SynthesisSettings(iterations=20, batch_size=100)
-    own = theirs = operations = 0.0
+    settings, few = recipe.synthesis, replace(recipe.synthesis, iterations=20)
+    rows: list[dict] = []
     for name in plan.teachers:
         teacher = build(name, 100, (32, 32), seed=0).eval().to(device)
         base = torch.randn(plan.k, 100, 3, 32, 32, device=device)
-        still = Views(torch.zeros(few.iterations, 1, 2, dtype=torch.int64))
-        solver = Solver(teacher, settings=settings)
-        taken = measure.milliseconds_in_turn(
+        views = draw_views(0, 0, list(range(plan.k)), iterations=settings.iterations, jitter=settings.jitter).to(device)
+        taken = measure.made_in_turn(
             {
-                "ours": partial(solver.solve, base),
-                "published": partial(published.solve, teacher, base[0], few, still),
+                "published": partial(the_published_way, teacher, base[:1], few, views.lane(0)),
+                "ours": partial(ours, teacher, settings, "auto", base, views),
             },
             1,
-            warm_up=False,
         )
-        own += taken["ours"]
-        theirs += taken["published"] * plan.k * settings.iterations / few.iterations
-        operations += flops(teacher, base) * settings.iterations
-    return {
-        "case": WHOLE_RUN,
+        theirs, own = taken["published"], taken["ours"]
+        pace = theirs.run / few.iterations
+        rows.append(
+            {
+                "case": f"{WHOLE_RUN}, whole",
+                "teacher": name,
+                "GFLOP": flops(teacher, base) * settings.iterations / 1e9,
+                "published ms": plan.k * (theirs.set_up + pace * settings.iterations),
+                "ours ms": own.set_up + own.run,
+                "ours set-up s": own.set_up / 1e3,
+            }
+        )
+        rows[-1]["published / best"] = rows[-1]["published ms"] / rows[-1]["ours ms"]
+        yield rows[-1]
+    sums = {key: sum(r[key] for r in rows) for key in ("GFLOP", "published ms", "ours ms", "ours set-up s")}
+    yield {
+        "case": f"{WHOLE_RUN}, whole",
         "teacher": "all four",
-        "GFLOP": operations / 1e9,
-        "published ms": theirs,
-        "ours ms": own,
-        "published / best": theirs / own,
-        "note": "whole run; published extrapolated from 20 iterations of each teacher",
+        **sums,
+        "published / best": sums["published ms"] / sums["ours ms"],
+        "note": f"ours {plan.k} lanes of {settings.iterations} iterations; published from {few.iterations} iterations",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +51,50 @@ def milliseconds_in_turn(
             if turn > 0:
                 taken[name].append(1e3 * (time.perf_counter() - began))
     return {name: statistics.median(values) for name, values in taken.items()}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Median milliseconds of making what is timed, warm-up included, and then of one run of it."""
+
+    set_up: float
+    run: float
+
+
+def made_in_turn(ways: Mapping[str, Callable[[], Callable[[], object]]], rounds: int) -> dict[str, Taken]:
+    """Each way is made, run once, and freed before the next one is made: A B C A B C ... on an otherwise empty device.
+
+    A way, called, makes its function ready to run at its steady pace. One that does not fit in memory is left out.
+    """
+    taken: dict[str, list[Taken]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, make in ways.items():
+            with suppress(torch.OutOfMemoryError):
+                taken[name].append(_made(make))
+            free()
+    return {
+        name: Taken(statistics.median(t.set_up for t in each), statistics.median(t.run for t in each))
+        for name, each in taken.items()
+        if len(each) == rounds
+    }
+
+
+def _made(make: Callable[[], Callable[[], object]]) -> Taken:
+    synchronise()
+    began = time.perf_counter()
+    function = make()
+    synchronise()
+    ready = time.perf_counter()
+    function()
+    synchronise()
+    return Taken(1e3 * (ready - began), 1e3 * (time.perf_counter() - ready))
+
+
+def free() -> None:
+    """Gives back the memory of what nothing refers to any more: graphs, networks, what the allocator keeps."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def milliseconds(function: Callable[[], object], times: int) -> list[float]:

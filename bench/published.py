@@ -110,28 +110,48 @@ def viewed(images: torch.Tensor, view: HostView) -> torch.Tensor:
     return torch.roll(images, shifts=view.shift, dims=(2, 3))
 
 
-def solve(teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views) -> torch.Tensor:
-    """One INFER task the published way: base (C, 3, H, W), views of one lane -> compensator (3, H, W).
+class Task:
+    """One INFER task the published way: base (C, 3, H, W), views of one lane -> compensator `u`, (1, 3, H, W).
 
-    The weights are frozen, as in the published scripts; the caller's teacher is copied.
+    The weights are frozen, as in the published scripts; the caller's teacher is copied. step() is one iteration.
     """
-    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-    hooks = hooks_of(teacher, settings.r_var)
-    targets = torch.arange(len(base), device=base.device)
-    u = torch.zeros(1, *base.shape[1:], dtype=base.dtype, device=base.device, requires_grad=True)
-    optimizer = torch.optim.Adam([u], lr=settings.lr, betas=(0.5, 0.9), eps=1e-8)
-    for iteration in range(settings.iterations):
-        optimizer.param_groups[0]["lr"] = settings.lr * (1 + math.cos(math.pi * iteration / settings.iterations)) / 2
-        view = host_view(views, iteration)
-        images = viewed(base + u, view)
-        optimizer.zero_grad()
-        loss = objective(teacher, hooks, images, targets, settings)
+
+    def __init__(self, teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views):
+        self.base, self.settings, self.views = base, settings, views
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.hooks = hooks_of(self.teacher, settings.r_var)
+        self.targets = torch.arange(len(base), device=base.device)
+        self.u = torch.zeros(1, *base.shape[1:], dtype=base.dtype, device=base.device, requires_grad=True)
+        self.restart()
+
+    def restart(self) -> None:
+        """Back to iteration 0."""
+        with torch.no_grad():
+            self.u.zero_()
+        self.done = 0
+        self.optimizer = torch.optim.Adam([self.u], lr=self.settings.lr, betas=(0.5, 0.9), eps=1e-8)
+
+    def step(self) -> None:
+        settings = self.settings
+        self.optimizer.param_groups[0]["lr"] = (
+            settings.lr * (1 + math.cos(math.pi * self.done / settings.iterations)) / 2
+        )
+        view = host_view(self.views, self.done)
+        images = viewed(self.base + self.u, view)
+        self.optimizer.zero_grad()
+        loss = objective(self.teacher, self.hooks, images, self.targets, settings)
         loss.backward()
-        optimizer.step()
+        self.optimizer.step()
         loss.item()  # the published loop prints it, and waits for it
-    for hook in hooks:
-        hook.close()
-    return u.detach()[0]
+        self.done += 1
+
+
+def solve(teacher: nn.Module, base: torch.Tensor, settings: SynthesisSettings, views: Views) -> torch.Tensor:
+    """One INFER task the published way, from set-up to the compensator (3, H, W); arguments as Task's."""
+    task = Task(teacher, base, settings, views)
+    for _ in range(settings.iterations):
+        task.step()
+    return task.u.detach()[0]
 
 
 def perturb(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], rho: float) -> None:

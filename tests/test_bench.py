@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from infer_fast.models import build
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher
 from infer_fast.models.train import Schedule, Training, fit, soft_loss
+from infer_fast.recipes import SynthesisSettings
 from infer_fast.students.labels import averaged_logits
+from infer_fast.synthesis import draw_views
 
 
 def test_every_committed_result_names_its_machine_and_can_be_tabled():
@@ -53,6 +56,61 @@ def test_turns_have_several_calls_each():
 
     taken = measure.in_turns({n: partial(way, n) for n in "ab"}, rounds=3, each=2)
     assert calls == [("a", 2), ("b", 2)] * 3 and taken == {"a": 3.0, "b": 4.0}
+
+
+def test_a_way_is_made_timed_and_freed_before_the_next_and_left_out_where_it_does_not_fit():
+    alive: weakref.WeakSet = weakref.WeakSet()
+    calls = []
+
+    class Made:
+        def __call__(self) -> None:
+            calls.append(len(alive))
+
+    def make() -> Made:
+        made = Made()
+        alive.add(made)
+        return made
+
+    def too_large() -> Made:
+        raise torch.OutOfMemoryError
+
+    taken = measure.made_in_turn({"a": make, "huge": too_large, "b": make}, 2)
+    assert calls == [1] * 4 and not alive and list(taken) == ["a", "b"]
+    assert min(taken["a"].set_up, taken["b"].run) >= 0
+
+
+CASE = distill.Case(("convnet",), 4, 8, 2, 3, 1)
+
+
+def test_both_ways_of_distilling_are_timed_at_their_steady_pace(generator):
+    teacher = build("convnet", 4, (8, 8), seed=0).eval()
+    base, views = torch.randn(2, 4, 3, 8, 8, generator=generator), draw_views(0, 0, [0, 1], iterations=3, jitter=1)
+    settings = SynthesisSettings(iterations=3, lr=0.01, batch_size=4)
+    for run in (
+        distill.the_published_way(teacher, base, settings, views),
+        distill.ours(teacher, settings, "float32", base, views),
+    ):
+        for _ in range(2):  # and again from the start
+            run()
+    assert distill.agrees("convnet", teacher, base, settings, views)
+
+
+def test_a_way_that_does_not_fit_leaves_its_columns_empty():
+    rates, seconds = (
+        {"float32": 1e12, "bfloat16": 2e12},
+        {"float32": 30.0, "floor float32": 20.0, "floor bfloat16": 10.0},
+    )
+    ours = {way: measure.Taken(1000.0, t) for way, t in seconds.items()}
+    whole = ours | {"published": measure.Taken(500.0, 60.0), "bfloat16": measure.Taken(1.0, 15.0)}
+    fits, partly, never = (distill.row("a", CASE, taken, 10**9, rates) for taken in (whole, ours, {}))
+    assert fits["best"] == "bfloat16" and fits["published / best"] == pytest.approx(4)
+    assert partly["published / best"] is None and partly["published / floor"] is None and partly["best"] == "float32"
+    both, lacking, failed = (distill.total_row(rows) for rows in ([fits, fits], [fits, partly], [fits, never]))
+    assert both["published / best"] == pytest.approx(4) and both["published ms"] == pytest.approx(40)
+    assert both["published / floor"] == pytest.approx(6) and both["float32 set-up s"] == pytest.approx(2)
+    assert lacking["published / best"] is None and lacking["published ms"] is None
+    assert both["share of matrix rate"] == pytest.approx(1e9 / 2e12 / 5e-3)
+    assert failed["published / best"] is None and failed["share of matrix rate"] is None
 
 
 def sleeper(seconds: float, file: Path) -> Callable[[], None]:
