@@ -3,12 +3,14 @@
     python -m bench.memory --quick
     python -m bench.memory --output bench/results/memory-cpu.json
 
-On the CPU it is the growth of the process's resident memory from just before the iteration to its highest point; on a
-GPU it is the allocator's.
+It is what one iteration of one task, set-up included, needs beyond the teacher and its images: on the CPU the growth of
+the process's resident memory to its highest point, on a GPU the allocator's. The same was done once before, and freed:
+what libraries allocate for these shapes and keep is there already.
 """
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from bench import measure, published
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
 from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
-from infer_fast.synthesis import draw_views, solve
+from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.solver import Solver
 
 WAYS = ("published", "float32", "bfloat16")
@@ -39,7 +41,7 @@ def main() -> None:
                 "bfloat16 / published": peaks["bfloat16"] / peaks["published"],
             }
         )
-    measure.write(options.output, rows, classes=classes)
+        measure.write(options.output, rows, classes=classes)
     print(f"{classes} classes, 32x32, one iteration, {measure.machine()}")
     print(measure.table(rows))
 
@@ -58,20 +60,26 @@ def one_iteration(name: str, classes: int, way: str, chunk: int | None = None) -
     base = torch.randn(1, classes, 3, 32, 32, device=device)
     settings = SynthesisSettings(iterations=1, lr=0.01, batch_size=classes)
     views = draw_views(0, 0, [0], iterations=1, jitter=settings.jitter).to(device)
-    solve(teacher, base[:, :2], settings=settings, views=views)  # libraries allocate what they keep
+
+    def once() -> None:
+        if way == "published":
+            published.solve(teacher, base[0], settings, views)
+        else:
+            Solver(teacher, settings=settings, execution=Execution(way), chunk=chunk).solve(base, views)
+
+    once()
     before = _bytes_in_use()
-    if way == "published":
-        published.solve(teacher, base[0], settings, views)
-    else:
-        Solver(teacher, settings=settings, execution=Execution(way), chunk=chunk).solve(base, views)
+    once()
     print(_highest_bytes() - before)
 
 
 def _bytes_in_use() -> int:
-    """Bytes in use now; the highest point is counted from here."""
+    """Bytes in use now, with nothing kept that was freed; the highest point is counted from here."""
+    measure.free()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest point is what it is now
     return _status("VmRSS")
 
