@@ -62,19 +62,21 @@ def main() -> None:
     options = measure.arguments(__doc__.splitlines()[0])
     rows: list[dict] = []
     for case in QUICK if options.quick else GPU if torch.cuda.is_available() else CPU:
-        taken = {"published": whole_published(case), "ours": whole_ours(case)}
-        total = {way: sum(stages.values()) for way, stages in taken.items()}
-        for way, stages in taken.items():
+        totals: dict[str, float] = {}
+        for way, seconds_of in {"published": whole_published, "ours": whole_ours}.items():
+            stages = seconds_of(case)
+            measure.free()
+            totals[way] = sum(stages.values())
             rows.append(
                 {
                     "case": f"{case.classes} classes, ipc {case.ipc}, {len(case.teachers)} teachers",
                     "way": way,
                     **{f"{stage} s": seconds for stage, seconds in stages.items()},
-                    "total s": total[way],
-                    "published / this": total["published"] / total[way],
+                    "total s": totals[way],
+                    "published / this": totals["published"] / totals[way],
                 }
             )
-        measure.write(options.output, rows)
+            measure.write(options.output, rows)
     print(measure.machine())
     print(measure.table(rows))
 
