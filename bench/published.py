@@ -191,6 +191,13 @@ class Loader:
             partner = torch.randperm(len(images), device=device)
             yield weight * images + (1 - weight) * images[partner], weight * targets + (1 - weight) * targets[partner]
 
+    def epochs(
+        self, count: int, logits: torch.Tensor, device: torch.device
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """So many epochs, one after the other."""
+        for _ in range(count):
+            yield from self.epoch(logits, device)
+
     def close(self) -> None:
         """Ends the workers."""
         self.loader._iterator = None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import distill, gpu, measure, plot, published
+from bench import distill, gpu, measure, plot, published, train
 from bench.apart import Apart
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
@@ -77,6 +77,23 @@ def test_a_way_is_made_timed_and_freed_before_the_next_and_left_out_where_it_doe
     taken = measure.made_in_turn({"a": make, "huge": too_large, "b": make}, 2)
     assert calls == [1] * 4 and not alive and list(taken) == ["a", "b"]
     assert min(taken["a"].set_up, taken["b"].run) >= 0
+
+
+def test_the_epoch_that_counts_begins_where_its_first_batch_is_asked_for(monkeypatch):
+    now, taken = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def slow_batches():
+        for seconds in (7.0, 1.0, 3.0, 1.0):  # two epochs of two batches, each of which begins slowly
+            now[0] += seconds
+            yield (seconds,)
+
+    watch = train.Watch(updates=2, warm=1)
+    for (batch,) in watch.over(slow_batches()):
+        now[0] += 0.5
+        taken.append(batch)
+    assert taken == [7.0, 1.0, 3.0, 1.0] and watch.epochs == 2
+    assert watch.epoch == 5.0 and watch.set_up == 9.0 - 5.0
 
 
 CASE = distill.Case(("convnet",), 4, 8, 2, 3, 1)
