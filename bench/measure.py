@@ -139,11 +139,36 @@ def in_turns(ways: Mapping[str, Callable[[int], list[float]]], rounds: int, each
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+LEAST_ROTATED, MOST_ROTATED = 64 << 20, 1 << 30
+
+
+def rotated_bytes() -> int:
+    """Twice the last-level cache, 64 MiB to 1 GiB: what a benchmark of memory reads before it comes back to a byte."""
+    return min(MOST_ROTATED, max(LEAST_ROTATED, 2 * last_level_cache()))
+
+
+def last_level_cache() -> int:
+    """Bytes of the GPU's L2, or of the processor's largest cache; 0 where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=0)
+
+
+def copies(nbytes: int) -> int:
+    """How many tensors of so many bytes are rotated: as many as rotated_bytes holds, and two at least."""
+    return max(2, -(-rotated_bytes() // max(1, nbytes)))
+
+
 def copy_bandwidth(elements: int = 1 << 26) -> float:
-    """Bytes per second of a float32 copy on the device, read and written bytes counted."""
+    """Bytes per second, read and written bytes counted, of the better of two float32 passes over the device's memory.
+
+    They are a copy, and an update in place: on a CPU a copy also reads what it overwrites, which a kernel can avoid.
+    The best of several is taken: this is the limit that shares are of.
+    """
     source = torch.randn(elements, device=device())
     target = torch.empty_like(source)
-    took = statistics.median(milliseconds(lambda: target.copy_(source), 7))
+    took = min(min(milliseconds(way, 7)) for way in (lambda: target.copy_(source), lambda: source.mul_(1)))
     return 2 * source.nbytes / (took / 1e3)
 
 
