@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import distill, gpu, measure, plot, published, train
+from bench import distill, gpu, measure, plot, published, roofline, train
 from bench.apart import Apart
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
+from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.models.teacher import Teacher
 from infer_fast.models.train import Schedule, Training, fit, soft_loss
 from infer_fast.recipes import SynthesisSettings
@@ -189,6 +192,41 @@ def test_the_published_labels_are_ours(generator):
         ours = averaged_logits(teachers, lambda p: images[p], len(images))
     expected = published.label(images, networks, torch.device("cpu"))
     torch.testing.assert_close(ours, expected.half().float(), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["convnet", "convnet-separable", "convnet-silu"])
+def test_the_trace_of_an_iteration_has_the_operations_of_its_floor(name):
+    teacher = build(name, 6, (8, 8), seed=0).eval()
+    kernels = roofline.iteration(teacher, 6, 8)
+    assert sum(k.operations for k in kernels) == distill.flops(teacher, torch.zeros(1, 6, 3, 8, 8))
+    matched = [k for k in kernels if k.name.startswith("infer_fast.bn_match")]
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in teacher.modules())
+    assert len(matched) == 2 * norms and {k.launches for k in matched} == {2}  # small ones: two, forward and backward
+
+
+def test_the_bytes_of_a_tiny_network_are_those_counted_by_hand():
+    """5 images of 4x4 in float32 through a 1x1 convolution from 3 to 8 channels and a BatchNorm, and back."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)).eval()
+    matched = MatchedTeacher(network, backend="native")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, upstream = torch.empty(5, 3, 4, 4, requires_grad=True), torch.empty(5, 8, 4, 4)
+        channels_last = x.contiguous(memory_format=torch.channels_last).detach().requires_grad_()
+        upstream = upstream.contiguous(memory_format=torch.channels_last)
+        kernels = roofline.record(lambda: torch.autograd.grad(matched(channels_last)[0], channels_last, upstream))
+    by_name = {k.name: k for k in kernels}
+    inside, outside, weight, vector = 4 * 5 * 3 * 16, 4 * 5 * 8 * 16, 4 * 3 * 8, 4 * 8
+    assert by_name["aten.convolution.default"].moved == inside + weight + outside
+    # x, weight, bias and the running statistics are read, and y, the penalty and the batch's statistics written
+    assert by_name["infer_fast.bn_match.default"].moved == outside + 4 * vector + outside + 4 + 2 * vector
+    # what flows back, x, the six vectors are read, and the gradient written
+    flowing_back = by_name["infer_fast.bn_match_backward.default"].moved
+    assert flowing_back == outside + 4 + outside + 6 * vector + outside
+    assert (
+        by_name["aten.convolution_backward.default"].moved == outside + 4 + weight + inside
+    )  # 4: a shape without memory
+    assert by_name["aten.convolution_backward.default"].operations == 2 * 3 * 8 * 5 * 16
+    slow = roofline.Kernel("", 2, int(roofline.MEMORY), int(roofline.MATRIX // 2))
+    assert slow.seconds == pytest.approx(1 + 2 * roofline.LAUNCH)
 
 
 HIDE = """
