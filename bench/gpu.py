@@ -4,9 +4,10 @@
     python -m bench.gpu --quick --output DIR          # a rehearsal on the CPU: the same steps, small
 
 It needs torch, torchvision, triton, numpy, Pillow, safetensors, rich and pytest, to install pybind11, setuptools and a
-C++17 compiler, and no network; neither tyro nor DALI. Each step is a program of its own with a time limit, which writes
-its JSON row by row and its output to a .log file beside that: a step cut short keeps both, and leaves no process
-behind. The tables come last. Exit code 1 if a step failed, 2 if nothing could begin.
+C++17 compiler, and no network; neither tyro nor DALI. Each step is a program of its own, which may take all the time
+that is not promised to a later one, and writes its JSON row by row and its output to a .log file beside that: a step
+cut short keeps both, and leaves no process behind. The tables come last. Exit code 1 if a step failed, 2 if nothing
+could begin.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ LEAST = 5.0  # seconds in which a step can do anything
 
 @dataclass(frozen=True)
 class Step:
-    """A program, and the most seconds it gets (None: all that are left); pytest if it is no benchmark."""
+    """A program (pytest if it is no benchmark), and the seconds that the steps before leave it at least."""
 
     module: str
-    most: float | None
+    promised: float
 
 
 STEPS = {
     "subset": Step("pytest", 80),
-    "distill": Step("bench.distill", 230),
-    "ops": Step("bench.ops", 45),
+    "distill": Step("bench.distill", 200),
+    "ops": Step("bench.ops", 50),
     "profile": Step("bench.profile", 45),
-    "memory": Step("bench.memory", 45),
+    "memory": Step("bench.memory", 70),
     "train": Step("bench.train", 45),
     "pipeline": Step("bench.pipeline", 45),
-    "tests": Step("pytest", None),
+    "tests": Step("pytest", LEAST),
 }
 
 # Each op in both layouts and precisions, and what makes graphs of them: few variants of kernels, so little to compile.
@@ -78,10 +79,11 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + SECONDS
     failed, written = [], []
-    for name in options.steps:
+    for place, name in enumerate(options.steps):
         path = options.output.absolute() / f"{name}-{device}.json"
         path.unlink(missing_ok=True)
-        outcome = run(name, path, options.quick, deadline - time.monotonic())
+        promised = sum(STEPS[later].promised for later in options.steps[place + 1 :])
+        outcome = run(name, path, options.quick, deadline - time.monotonic() - promised)
         if outcome is not None:
             failed.append(f"{name}: {outcome}")
         if path.is_file():
@@ -92,10 +94,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def run(name: str, path: Path, quick: bool, left: float) -> str | None:
-    """Runs one step in at most `left` seconds; what went wrong in a few words, or None."""
-    step = STEPS[name]
-    seconds = left if step.most is None else min(step.most, left)
+def run(name: str, path: Path, quick: bool, seconds: float) -> str | None:
+    """Runs one step in at most so many seconds; what went wrong in a few words, or None."""
     if seconds < LEAST:
         return "no time was left"
     log, began = path.with_suffix(".log"), time.monotonic()
@@ -103,7 +103,7 @@ def run(name: str, path: Path, quick: bool, left: float) -> str | None:
     lines = log.read_text(errors="replace").strip().splitlines()
     ended = "cut short" if code is None else f"exit code {code}"
     print(f"{name}: {ended} in {time.monotonic() - began:.0f} s: {lines[-1] if lines else ''}", flush=True)
-    if step.module == "pytest":
+    if STEPS[name].module == "pytest":
         broken = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         rows = [{"result": lines[-1] if lines else "no output", **({"broken": broken} if broken else {})}]
         measure.write(path, rows)

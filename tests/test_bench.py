@@ -292,7 +292,7 @@ def test_the_tests_that_a_gpu_runs_first_are_there():
 
 def test_the_headline_comes_second_and_all_benchmarks_have_their_time():
     assert list(gpu.STEPS)[:2] == ["subset", "distill"] and list(gpu.STEPS)[-1] == "tests"
-    assert sum(step.most or gpu.LEAST for step in gpu.STEPS.values()) <= gpu.SECONDS
+    assert sum(step.promised for step in gpu.STEPS.values()) <= gpu.SECONDS
 
 
 ENDLESS = """
@@ -309,7 +309,7 @@ time.sleep(600)
 def test_a_step_cut_short_keeps_its_rows_and_output_and_leaves_no_process(tmp_path, monkeypatch, capsys):
     path = tmp_path / "ops-here.json"
     monkeypatch.setattr(gpu, "command", lambda name, path, quick: [sys.executable, "-c", ENDLESS, str(path)])
-    outcome = gpu.run("ops", path, quick=True, left=gpu.LEAST)
+    outcome = gpu.run("ops", path, quick=True, seconds=gpu.LEAST)
     assert outcome is not None and outcome.startswith("cut short after 5 s") and outcome.endswith("began")
     assert path.with_suffix(".log").read_text() == "began" and "ops: cut short" in capsys.readouterr().out
     (row,) = json.loads(path.read_text())["rows"]
@@ -322,5 +322,5 @@ def test_a_step_cut_short_keeps_its_rows_and_output_and_leaves_no_process(tmp_pa
 
 
 def test_a_step_that_has_no_time_is_not_begun(tmp_path):
-    assert gpu.run("ops", tmp_path / "ops.json", quick=True, left=1.0) == "no time was left"
+    assert gpu.run("ops", tmp_path / "ops.json", quick=True, seconds=1.0) == "no time was left"
     assert list(tmp_path.iterdir()) == []
