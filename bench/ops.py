@@ -37,7 +37,7 @@ def main() -> None:
     bandwidth, rotated = measure.copy_bandwidth(), measure.rotated_bytes()
     limits = {"copy_bandwidth": bandwidth, "rotated_bytes": rotated}
     rounds = 2 if options.quick else 9
-    shapes = SHAPES[2:] if options.quick else SHAPES + GPU_SHAPES * torch.cuda.is_available()
+    shapes = SHAPES[2:] if options.quick else GPU_SHAPES * torch.cuda.is_available() + SHAPES
     dtypes = [torch.float32, torch.bfloat16]
     rows = []
     with Apart() if measure.device().type == "cpu" else nullcontext() as apart:

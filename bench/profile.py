@@ -36,6 +36,7 @@ def main() -> None:
         for name in ("resnet18",) if options.quick else ("resnet18", "mobilenetv2"):
             rows.append(profile_row(name, engine, classes, iterations))
             measure.write(options.output, rows, classes=classes)
+            measure.free()
     print(f"{classes} classes of 32x32, one lane, {measure.machine()}")
     print(measure.table(rows))
 
