@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import distill, gpu, measure, plot, published, roofline, train
+from bench import distill, gpu, measure, ops, plot, published, roofline, train
 from bench.apart import Apart
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
@@ -80,6 +80,26 @@ def test_a_way_is_made_timed_and_freed_before_the_next_and_left_out_where_it_doe
     taken = measure.made_in_turn({"a": make, "huge": too_large, "b": make}, 2)
     assert calls == [1] * 4 and not alive and list(taken) == ["a", "b"]
     assert min(taken["a"].set_up, taken["b"].run) >= 0
+
+
+def test_every_input_is_read_before_any_comes_back(generator, monkeypatch):
+    assert measure.rotated_bytes() >= min(2 * measure.last_level_cache(), measure.MOST_ROTATED)
+    monkeypatch.setattr(measure, "rotated_bytes", lambda: 10_000)
+    assert [measure.copies(n) for n in (1, 3_000, 50_000)] == [10_000, 4, 2]
+    layers, order = ops.Layers((2, 3, 5, 5), True, torch.float32), []
+
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor]:
+        order.append(x.data_ptr())
+        y = 2 * x
+        y.register_hook(lambda _: order.append(x.data_ptr()))
+        return (y,)
+
+    gradient = layers.through(forward)
+    assert torch.equal(gradient, 2 * layers.pairs[0][1])
+    places = [x.data_ptr() for x, _ in layers.pairs]
+    assert len(set(places)) == 17 and order == places * 2  # 600 bytes each
+    row = ops.bn_match_row((2, 3, 5, 5), False, torch.float32, 1e9, 1, None)
+    assert row["ours ms"] > 0 and row["share of copy bandwidth"] > 0
 
 
 def test_the_epoch_that_counts_begins_where_its_first_batch_is_asked_for(monkeypatch):
