@@ -61,7 +61,7 @@ def _squares(
     tl.store(partial_ptr + tl.program_id(0), tl.sum(value * value))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _step(
     params_ptr, grads_ptr, owners_ptr, starts_ptr, sizes_ptr, partial_ptr, chunks, rho, tiny,
     KIND: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
