@@ -59,6 +59,8 @@ def bn_match_passes() -> Iterator[Form]:
         ("*fp32", False, 2, True, 64, 256),
         ("*fp16", True, 3, True, 64, 1024),
         ("*bf16", True, 0, False, 960, 16),
+        ("*bf16", True, 1, True, 67, 45),  # no whole vectors
+        ("*fp32", False, 3, True, 67, 49),
     ]:  # fmt: skip
         tensors = {f"{name}_ptr": dtype for name in ("x", "residual", "y", "grad_y", "grad_x", "grad_residual")}
         cut = plan(100, channels, plane, rows, 1, 4 if dtype == "*fp32" else 2, MULTIPROCESSORS)
@@ -75,7 +77,8 @@ def bn_match_passes() -> Iterator[Form]:
         }
         for kernel in (bn_match._forward, bn_match._backward):
             pointers = tensors | vectors | {"mask_ptr": BYTES, "arrived_ptr": "*i32"}
-            yield Form(kernel, pointers, numbers, constants, cut.warps, (LOADS, STORES), NARROW[dtype])
+            wide, narrow = ((LOADS, STORES), NARROW[dtype]) if cut.vector > 1 else ((), ())
+            yield Form(kernel, pointers, numbers, constants, cut.warps, wide, narrow)
 
 
 def bn_match_sums() -> Iterator[Form]:
