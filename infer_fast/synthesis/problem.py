@@ -29,7 +29,7 @@ from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops import perturb_
 from infer_fast.ops.bn_match import Statistics, pooled
 from infer_fast.recipes import SynthesisSettings
-from infer_fast.synthesis.views import View, Views, apply_view
+from infer_fast.synthesis.views import View, Views, apply_view, view_of_sum
 
 
 @dataclass
@@ -60,14 +60,10 @@ class Problem:
         return torch.zeros(lanes, 1, *image, device=self.base.device)
 
     def seen(self, optimised: torch.Tensor, view: View, span: slice = slice(None)) -> torch.Tensor:
-        """This iteration's view of the images of `span`, (L, C', 3, H, W).
-
-        A view is linear: the compensator's is added to the base images', so that its gradient goes back through the
-        view of one image, summed over the classes first, and not through that of all of them.
-        """
+        """This iteration's view of the images of `span`, (L, C', 3, H, W)."""
         if self.settings.optimise == "images":
             return apply_view(optimised[:, span], view)
-        return apply_view(self.base[:, span], view) + apply_view(optimised, view)
+        return view_of_sum(self.base[:, span], optimised, view)
 
     def loss(
         self,

@@ -95,12 +95,48 @@ def apply_view(x: torch.Tensor, view: View) -> torch.Tensor:
     Crop, bilinear resize, flip and shift of one direction are together one linear map of rows (and one of columns):
     x is multiplied from both sides, (H, H) @ x @ (W, W), and so is its gradient.
     """
+    maps = _maps(view, x)
+    return circular_shift(x, view.shift) if maps is None else _mapped(x, *maps)
+
+
+def view_of_sum(base: torch.Tensor, added: torch.Tensor, view: View) -> torch.Tensor:
+    """apply_view(base + added, view): base (L, C, ..., H, W), added (L, 1, ..., H, W), differentiable in added alone.
+
+    A view is linear, so the gradient is summed over the images first, and goes back through the view of one.
+    """
+    return _ViewOfSum.apply(base, added, view)
+
+
+class _ViewOfSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, base: torch.Tensor, added: torch.Tensor, view: View) -> torch.Tensor:
+        x = base + added
+        maps = _maps(view, x)
+        ctx.mapped = maps is not None
+        ctx.save_for_backward(*((view.shift,) if maps is None else maps))
+        return _roll(x, view.shift) if maps is None else _mapped(x, *maps)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        one = grad.sum(dim=1, keepdim=True)
+        if not ctx.mapped:
+            return None, _roll(one, -ctx.saved_tensors[0]), None
+        rows, columns = ctx.saved_tensors
+        return None, _mapped(one, rows.transpose(-1, -2), columns.transpose(-1, -2)), None
+
+
+def _maps(view: View, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What lines of x are multiplied with, (L, H, H) and (L, W, W); None for a view that only shifts."""
     if view.crop is None or view.flip is None:
-        return circular_shift(x, view.shift)
+        return None
     height, width = x.shape[-2:]
     rows = _resampling(view.crop[:, 0], view.crop[:, 2], view.shift[:, 0], torch.zeros_like(view.flip), height, x.dtype)
     columns = _resampling(view.crop[:, 1], view.crop[:, 3], view.shift[:, 1], view.flip, width, x.dtype)
-    pixels = x.reshape(len(x), -1, height, width)
+    return rows, columns
+
+
+def _mapped(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    pixels = x.reshape(len(x), -1, *x.shape[-2:])
     with torch.autocast(x.device.type, enabled=False):
         return (rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)).view(x.shape)
 

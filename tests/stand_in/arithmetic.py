@@ -24,12 +24,15 @@ BITS = 2 ** torch.arange(8, dtype=torch.uint8)
 def bn_match_forward(
     x, residual, weight, bias, running_mean, running_var, eps, activation, lanes, r_var, outputs
 ) -> None:
-    y, penalty, mean, var, mask = outputs
+    y, penalty, mean, var, norms, mask = outputs
     z, own_penalty, own = bn_match(
         x.float(), weight, bias, running_mean, running_var, eps, residual=residual, lanes=lanes, r_var=r_var
     )
     y.copy_(ACTIVATIONS[NAMES[activation]](z))
-    for tensor, value in ((penalty, own_penalty), (mean, own.mean), (var, own.var)):
+    own_norms = [torch.linalg.vector_norm(d, dim=1) for d in (own.mean, own.var - running_var)]
+    for tensor, value in (
+        (penalty, own_penalty), (mean, own.mean), (var, own.var), (norms, torch.stack(own_norms, dim=1))
+    ):  # fmt: skip
         tensor.copy_(value)
     if mask.numel():
         passed = (z > 0) & (z < (6 if NAMES[activation] == "relu6" else torch.inf))
@@ -40,8 +43,8 @@ def bn_match_forward(
 
 @torch.enable_grad()
 def bn_match_backward(
-    grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, mask, eps, activation, lanes,
-    r_var, outputs,
+    grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, norms, mask, eps,
+    activation, lanes, r_var, outputs,
 ) -> None:  # fmt: skip
     grad_x, grad_residual = outputs
     leaf = x.float().requires_grad_(True)

@@ -15,19 +15,19 @@ IMAGES, SIZE = 100, (32, 32)
 MOST = {
     "kernels, copies and fills of torch": 95,
     "calls of cuDNN and cuBLAS": 42,  # 20 convolutions and a linear layer, each way
-    "launches of _forward_kernel": 20,  # one for each BatchNorm, and so are the next ones
+    "launches of _forward": 20,  # one for each BatchNorm, and so are the next ones
     "launches of _finish": 20,
     "launches of _penalty": 20,
     "launches of _coefficients": 20,
-    "launches of _backward_kernel": 20,
+    "launches of _backward": 20,
     "launches of Triton": 100,
-    "variants of _forward_kernel": 17,  # compiled before the capture, those that tuning tries among them
+    "variants of _forward": 17,  # compiled before the capture, those that tuning tries among them
     "variants of _finish": 2,
     "variants of _penalty": 4,
     "variants of _coefficients": 4,
-    "variants of _backward_kernel": 17,
+    "variants of _backward": 17,
     "variants of Triton": 44,
-    "tuned problems": 6,  # of _forward_kernel and _backward_kernel
+    "tuned problems": 6,  # of _forward and _backward_kernel
 }
 
 

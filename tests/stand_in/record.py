@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 from tests.stand_in.process import RUNTIME
 
@@ -112,19 +112,25 @@ class Record:
 
 def _variant(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any]) -> tuple:
     """What Triton compiles a kernel anew for: constants, types, and what it knows of numbers and addresses."""
-    constants = {p.name for p in kernel.params if p.is_constexpr}
     parts: list[object] = [kernel.__name__, options.get("num_warps")]
-    for name in kernel.arg_names:
-        value = arguments[name]
-        if name in constants:
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr:
             parts.append((name, str(value)))
         elif isinstance(value, torch.Tensor):
-            parts.append((name, value.dtype, value.data_ptr() % 16 == 0))
+            aligned = value.data_ptr() % 16 == 0 and not _unaligned(parameter)
+            parts.append((name, value.dtype, aligned))
         elif isinstance(value, int) and not isinstance(value, bool):
-            parts.append((name, value == 1, value % 16 == 0, -(2**31) <= value < 2**31))
+            known = (value == 1, value % 16 == 0) if not parameter.do_not_specialize else ()
+            parts.append((name, *known, -(2**31) <= value < 2**31))
         else:
             parts.append((name, type(value)))
     return tuple(parts)
+
+
+def _unaligned(parameter: KernelParam) -> bool:
+    """Whether a kernel is compiled without looking at what this address is a multiple of."""
+    return parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, resized_crop
 
 from infer_fast.data.crops import draw_crops
-from infer_fast.synthesis.views import View, apply_view, circular_shift, draw_views
+from infer_fast.synthesis.views import View, apply_view, circular_shift, draw_views, view_of_sum
 
 
 def test_draws_depend_on_seed_teacher_and_index_alone():
@@ -62,3 +62,16 @@ def test_only_large_images_are_cropped():
     drawn = draw_views(0, 0, [0, 1], iterations=2, jitter=4, size=(64, 64))
     assert drawn.crop.shape == (2, 2, 4) and drawn.flip.shape == (2, 2)
     assert torch.equal(drawn.shift, draw_views(0, 0, [0, 1], iterations=2, jitter=4).shift)
+
+
+@pytest.mark.parametrize("cropped", [False, True])
+def test_the_view_of_a_sum_has_the_summed_gradient_of_what_is_added(generator, cropped):
+    base = torch.rand(2, 5, 3, 64, 66, generator=generator, dtype=torch.float64)
+    added = torch.rand(2, 1, 3, 64, 66, generator=generator, dtype=torch.float64, requires_grad=True)
+    shift = torch.randint(0, 9, (2, 2), generator=generator)
+    view = View(shift, draw_crops(2, (64, 66), generator), torch.tensor([True, False])) if cropped else View(shift)
+    weights = torch.rand(base.shape, generator=generator, dtype=torch.float64)
+    seen, expected = view_of_sum(base, added, view), apply_view(base + added, view)
+    assert torch.equal(seen, expected)
+    (ours,), (theirs,) = (torch.autograd.grad((each * weights).sum(), added) for each in (seen, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
