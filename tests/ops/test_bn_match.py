@@ -191,19 +191,22 @@ def test_nan_and_inf_propagate_as_the_references_do(generator, where, layout, ac
     assert ours[2][:2].isnan().any() and exact[2][:2].isnan().any()
 
 
-@pytest.mark.skipif(native() is None, reason="no compiler")
+@pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-def test_registered_operators_pass_opcheck(generator, activation):
-    x, *vectors = arguments((4, 3, 5, 5), generator, torch.float32)
-    for residual in (None, torch.randn(x.shape, requires_grad=True)):
-        inputs = (x.clone().requires_grad_(), residual, *vectors, None, None, 1e-5, activation, 2, 3.0, "native")
+@pytest.mark.parametrize("with_whole", [False, True])
+def test_registered_operators_pass_opcheck(generator, where, activation, with_whole):
+    backend, device = where
+    x, *vectors = (t.to(device) for t in arguments((4, 3, 5, 5), generator, torch.float32))
+    whole = [torch.rand(2, 3, device=device) for _ in range(2)] if with_whole else [None, None]
+    for residual in (None, torch.randn_like(x, requires_grad=True)):
+        inputs = (x.clone().requires_grad_(), residual, *vectors, *whole, 1e-5, activation, 2, 3.0, backend)
         torch.library.opcheck(_forward, inputs)
         y, penalty, *statistics = _forward(*inputs)
         kept = residual.detach() if residual is not None and activation == "silu" else None
         torch.library.opcheck(
             _backward,
             (torch.ones_like(y.detach()), torch.ones_like(penalty.detach()), x, kept, *vectors, *statistics, 1e-5,
-             activation, 2, 3.0, "native", residual is not None),
+             activation, 2, 3.0, backend, residual is not None),
         )  # fmt: skip
 
 
