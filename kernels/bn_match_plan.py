@@ -16,7 +16,7 @@ VECTOR = 8  # elements that a thread moves at a time: 16 bytes of bfloat16
 THREAD_BYTES = 32  # bytes of each tensor that a thread holds: two accesses of 16 bytes under way
 WARPS = (8, 4)  # of one program: the first that leaves every multiprocessor BUSY programs, else the last
 BUSY = 4
-RESIDENT = 64  # warps that each multiprocessor is given in all; about half of them run at a time
+RESIDENT = 64  # warps that each multiprocessor is given in all: a few rounds of what its registers hold at a time
 INTERPRETED = 1  # multiprocessors that are planned for where there are none
 
 
