@@ -55,7 +55,7 @@ def _look(gradient_ptr, counter_ptr, now_ptr, broken_ptr, size, VECTOR: tl.const
 @triton.jit(
     do_not_specialize=SIZES, do_not_specialize_on_alignment=["lr_ptr", "now_ptr", "broken_ptr", "low_ptr", "high_ptr"]
 )
-def _step(
+def _update(
     optimised_ptr, m_ptr, v_ptr, gradient_ptr, lr_ptr, now_ptr, broken_ptr, low_ptr, high_ptr,
     size, chunks, plane, channels, beta1, beta2, log2_beta1, log2_beta2, epsilon,
     BOUNDED: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
@@ -127,7 +127,7 @@ def adam(
     low, high = (lr, lr) if bounds is None else bounds
     meta = {"VECTOR": vector, "CHUNK": CHUNK, "num_warps": WARPS}
     _look[(chunks, lanes)](gradient, counter, now, broken, size // vector, **meta)
-    _step[(chunks, lanes)](
+    _update[(chunks, lanes)](
         optimised, m, v, gradient, lr, now, broken, low, high,
         size // vector, chunks, plane, channels, *betas, *(math.log2(beta) for beta in betas), epsilon,
         BOUNDED=bounds is not None, **meta,

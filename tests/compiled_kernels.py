@@ -110,7 +110,7 @@ def adam_steps() -> Iterator[Form]:
     constants = {"VECTOR": adam.VECTOR, "CHUNK": adam.CHUNK}
     yield Form(adam._look, pointers, numbers, constants, adam.WARPS, (LOADS,))
     for bounded in (True, False):
-        yield Form(adam._step, pointers, numbers, constants | {"BOUNDED": bounded}, adam.WARPS, (LOADS, STORES))
+        yield Form(adam._update, pointers, numbers, constants | {"BOUNDED": bounded}, adam.WARPS, (LOADS, STORES))
 
 
 def compose_batches() -> Iterator[Form]:

@@ -15,7 +15,8 @@ from infer_fast.errors import InferFastError
 from infer_fast.ops.backend import choose
 
 BETAS, EPSILON = (0.5, 0.9), 1e-8
-DTYPES = {"triton": (torch.float32,)}
+# Natively it is PyTorch too: what is optimised is small beside a pass.
+DTYPES = {"native": (torch.float32,), "triton": (torch.float32,)}
 
 
 def reference(
@@ -108,7 +109,7 @@ def adam_(
             raise InferFastError(f"adam_: {len(bounds[0])} bounds where there are {optimised.shape[-3]} channels.")
     chosen = choose("adam_", optimised, backend, DTYPES)
     dense = all(t.is_contiguous() and t.dtype == optimised.dtype for t in (optimised, m, v))
-    if chosen == "reference" or not dense or gradient.dtype != optimised.dtype or optimised.numel() == 0:
+    if chosen != "triton" or not dense or gradient.dtype != optimised.dtype or optimised.numel() == 0:
         reference(optimised, m, v, gradient, lr, counter, bounds)
     else:
         _adam(optimised, m, v, gradient, lr, counter, *(bounds or (None, None)))

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from infer_fast.ops import adam_
 from infer_fast.synthesis.problem import Problem
 from infer_fast.synthesis.views import Views
-
-BETA1, BETA2, EPSILON = 0.5, 0.9, 1e-8
 
 
 @dataclass
@@ -46,39 +45,12 @@ def start_state(problem: Problem, views: Views) -> AdamState:
     )
 
 
-def zero_unless_finite(gradient: torch.Tensor) -> torch.Tensor:
-    """A lane whose gradient is not finite stays where it was: it can't disturb anything it shares memory with."""
-    finite = gradient.flatten(1).isfinite().all(dim=1).view(-1, *[1] * (gradient.dim() - 1))
-    return torch.where(finite, gradient, torch.zeros((), device=gradient.device))
-
-
-def adam_step(
-    optimised: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
-    gradient: torch.Tensor,
-    lr: torch.Tensor,
-    counter: torch.Tensor,
-) -> None:
-    """Adam (arXiv 1412.6980, algorithm 1) with betas 0.5, 0.9 and iteration counter's learning rate, in place.
-
-    All as in AdamState.
-    """
-    time = (counter + 1).to(torch.float32)
-    m.lerp_(gradient, 1 - BETA1)
-    v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    corrected = (v / (1 - BETA2**time)).sqrt_().add_(EPSILON)
-    optimised.sub_(m / (1 - BETA1**time) * lr.index_select(0, counter) / corrected)
-
-
-def iterate(problem: Problem, state: AdamState, adam: Callable = adam_step) -> None:
+def iterate(problem: Problem, state: AdamState, adam: Callable[..., None] = adam_) -> None:
     """One iteration: view, forward, penalty, backward, Adam, clamp. Nothing here waits for the device."""
     loss, gradient = problem.loss_and_gradient(state.optimised, state.views.at(state.counter))
     with torch.no_grad():
         state.losses.index_copy_(0, state.counter, loss.unsqueeze(0))
-        adam(state.optimised, state.m, state.v, zero_unless_finite(gradient), state.lr, state.counter)
-        problem.clamp_(state.optimised)
-        state.counter += 1
+        adam(state.optimised, state.m, state.v, gradient, state.lr, state.counter, bounds=problem.bounds)
 
 
 def cosine(lr: float, iterations: int) -> list[float]:

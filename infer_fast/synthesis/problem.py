@@ -49,6 +49,7 @@ class Problem:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
+        """bounds: image mode keeps the images in the normalised range of [0,1] pixels; a compensator has none."""
         images = self.settings.optimise == "images"
         self.bounds = pixels_of(self.settings).bounds(self.base.device) if images else None
 
@@ -115,12 +116,6 @@ class Problem:
                 parts.append(self.teacher.statistics(images.flatten(0, 1), len(images)))
         counts = [span.stop - span.start for span in spans]
         return [pooled(layer, counts) for layer in zip(*parts, strict=True)]
-
-    def clamp_(self, optimised: torch.Tensor) -> None:
-        """Image mode: keeps the images in the normalised range of [0,1] pixels, in place; else does nothing."""
-        if self.bounds is not None:
-            low, high = self.bounds
-            torch.minimum(torch.maximum(optimised, low, out=optimised), high, out=optimised)
 
 
 def image_prior(images: torch.Tensor, tv_l2: float, l2_scale: float) -> torch.Tensor:

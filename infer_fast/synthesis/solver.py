@@ -14,8 +14,9 @@ from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
 from infer_fast.models.engine import CaptureError, capture, compiled, compiling, release
 from infer_fast.models.execution import AUTO, Execution
 from infer_fast.models.surgery import MatchedTeacher
+from infer_fast.ops.adam import adam_
 from infer_fast.recipes import SynthesisSettings
-from infer_fast.synthesis.iteration import AdamState, adam_step, iterate, start_state
+from infer_fast.synthesis.iteration import AdamState, iterate, start_state
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views
 
@@ -232,9 +233,9 @@ class Loop:
 
     def __init__(self, problem: Problem, state: AdamState, engine: str):
         self.problem, self.state, self.engine = problem, state, engine
-        self.adam = adam_step
+        self.adam: Callable[..., None] = adam_
         if engine in ("compile", "graph-compile"):
-            self.adam = compiled(problem.teacher, adam_step)
+            self.adam = compiled(problem.teacher, adam_)
         self.replay = capture(self._iterate, self.restart) if engine in ("graph", "graph-compile") else None
 
     def step(self) -> None:
@@ -245,7 +246,7 @@ class Loop:
             self._iterate()
 
     def _iterate(self) -> None:
-        if self.adam is adam_step:
+        if self.adam is adam_:
             iterate(self.problem, self.state)
         else:
             with compiling():

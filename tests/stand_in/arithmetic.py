@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from infer_fast.ops.adam import reference as stepped
 from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
 from infer_fast.ops.bn_match import reference as bn_match
 from infer_fast.ops.bn_match_operator import ACTIVATION_NUMBERS
@@ -15,7 +16,7 @@ from infer_fast.ops.compose import Quantised
 from infer_fast.ops.compose import reference as composed
 from infer_fast.ops.perturb import reference as perturb
 
-__all__ = ["bn_match_backward", "bn_match_forward", "compose", "perturb"]
+__all__ = ["adam", "bn_match_backward", "bn_match_forward", "compose", "perturb"]
 
 NAMES = {number: name for name, number in ACTIVATION_NUMBERS.items()}
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)
@@ -62,6 +63,10 @@ def bn_match_backward(
     grad_x.copy_(torch.autograd.grad([z, penalty], leaf, [grad, grad_penalty])[0])
     if grad_residual is not None:
         grad_residual.copy_(grad)
+
+
+def adam(optimised, m, v, gradient, lr, counter, bounds, betas, epsilon) -> None:
+    stepped(optimised, m, v, gradient, lr, counter, bounds)
 
 
 def compose(base, base_index, compensators, compensator_index, shift, flip, lam, partner, statistics, out) -> None:

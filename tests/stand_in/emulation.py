@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from infer_fast.kernels import bn_match, compose, perturb
+from infer_fast.kernels import adam, bn_match, compose, perturb
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -27,6 +27,7 @@ from tests.stand_in.record import Record, recorded_launches
 EMPTY = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 OWN = {"record_stream", "is_pinned", "_pin_memory", "pin_memory", "set_", "detach", "alias", "resize_"}  # torch does it
 LAUNCHERS: dict[tuple[ModuleType, str], Callable[..., None]] = {
+    (adam, "adam"): arithmetic.adam,
     (bn_match, "forward"): arithmetic.bn_match_forward,
     (bn_match, "backward"): arithmetic.bn_match_backward,
     (compose, "compose"): arithmetic.compose,
