@@ -5,9 +5,10 @@
 
 One iteration in bfloat16 is recorded on tensors without memory: each operator that computes something, the bytes of its
 arguments and results, and its floating-point operations. What only looks at memory in another way, or allocates it,
-counts nothing. An operator is one launch, bn_match as many as its Triton launchers make. A kernel takes the longer of
-its bytes at the memory's rate and its operations at the matrix units' rate, and LAUNCH more: the predicted time is the
-sum. It leaves out what caches save, and what kernels lose that are too small to fill the device or read memory twice.
+counts nothing. An operator is one launch, bn_match and adam_ as many as their Triton launchers make. A kernel takes the
+longer of its bytes at the memory's rate and its operations at the matrix units' rate, and LAUNCH more: the predicted
+time is the sum. It leaves out what caches save, and what kernels lose that are too small to fill the device or read
+memory twice.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from bench import measure
 from infer_fast.models import build
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.ops import bn_match_operator
+from infer_fast.ops import adam, bn_match_operator
 from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.iteration import iterate, start_state
@@ -45,6 +46,7 @@ QUICK = [("resnet18", 10, 32), ("mobilenetv2", 10, 32)]
 OURS: dict[str, Callable[..., Any]] = {  # what runs in place of a registered operator
     "infer_fast.bn_match.default": bn_match_operator._run_forward,
     "infer_fast.bn_match_backward.default": bn_match_operator._run_backward,
+    "infer_fast.adam_.default": lambda backend, **given: adam._adam._init_fn(**given),
 }
 NO_KERNEL = {  # allocations and looks at memory that their schemas don't tell apart from work
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "as_strided_", "_unsafe_view"),
@@ -85,7 +87,7 @@ def main() -> None:
 
 
 def row(teacher: str, case: str, kernels: Sequence[Kernel]) -> dict:
-    own = [k for k in kernels if k.name in OURS]
+    own = [k for k in kernels if k.name.startswith("infer_fast.bn_match")]
     operations, predicted = sum(k.operations for k in kernels), sum(k.seconds for k in kernels)
     launches, moved = sum(k.launches for k in kernels), sum(k.moved for k in kernels)
     return {
@@ -114,7 +116,12 @@ def iteration(teacher: nn.Module, classes: int, size: int) -> list[Kernel]:
         problem = Problem(matched, base, torch.arange(classes), settings, "bfloat16")
         state = start_state(problem, views)
         iterate(problem, state)
-        return record(lambda: iterate(problem, state))
+        return record(lambda: iterate(problem, state, _adam))
+
+
+def _adam(*tensors: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    """adam_ as a GPU has it."""
+    torch.ops.infer_fast.adam_(*tensors, *(bounds or (None, None)))
 
 
 def record(run: Callable[[], object]) -> list[Kernel]:
@@ -160,9 +167,12 @@ def _name(operator: Any) -> str:
 
 
 def _bytes_moved(operator: Any, arguments: Sequence[object], results: Sequence[object]) -> int:
-    """Of all tensors among the arguments, read, and among the results, written."""
+    """Of all tensors among the arguments, read, and among the results (without any: in place), written."""
     read = [_bytes(t) for t in arguments if isinstance(t, torch.Tensor)]
     written = sum(_bytes(t) for t in results if isinstance(t, torch.Tensor))
+    if not operator._schema.returns:
+        changed = [a.alias_info is not None and a.alias_info.is_write for a in operator._schema.arguments]
+        written = sum(size for size, own in zip(read, changed, strict=False) if own)
     if _name(operator) in FILLS:
         read = read[1:]
     if _name(operator) in GATHERS:
@@ -188,13 +198,14 @@ class _Counted:
 
 @contextmanager
 def counted_launches() -> Iterator[list[str]]:
-    """The names of bn_match's kernels as they are launched inside, none of which runs."""
+    """The names of our kernels as they are launched inside, none of which runs."""
+    import infer_fast.kernels.adam
     import infer_fast.kernels.bn_match  # noqa: F401  # Triton is imported where it is used
 
     launches: list[str] = []
     found = [
         (module, name, value)
-        for module in [m for n, m in sys.modules.items() if n.startswith("infer_fast.kernels.bn_match")]
+        for module in [m for n, m in sys.modules.items() if n.startswith("infer_fast.kernels.")]
         for name, value in vars(module).items()
         if type(value).__module__.startswith("triton.runtime")
     ]
