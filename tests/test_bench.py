@@ -59,6 +59,7 @@ def test_turns_have_several_calls_each():
     assert calls == [("a", 2), ("b", 2)] * 3 and taken == {"a": 3.0, "b": 4.0}
 
 
+@pytest.mark.slow
 def test_a_way_is_made_timed_and_freed_before_the_next_and_left_out_where_it_does_not_fit():
     alive: weakref.WeakSet = weakref.WeakSet()
     calls = []

@@ -141,6 +141,7 @@ def test_image_mode_goes_the_whole_way(tmp_path, call_module, small_flags):
     assert distilled.compensators is None and distilled.base.shape == (10, 4, 3, 8, 8) and len(distilled) == 40
 
 
+@pytest.mark.slow
 def test_imported_teachers_are_used_and_measured(tmp_path, finished, call_module, small_flags):
     """A checkpoint of a trained teacher, wrapped as others wrap it, gives back the accuracy it was trained to."""
     cards = json.loads((finished[0] / "runs" / "digits" / "card.json").read_text())["teachers"]
@@ -208,6 +209,7 @@ def test_debug_shows_the_traceback(run_module, small_flags):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_diverging_batch_loses_none_of_the_others(tmp_path, call_module, small_flags, generator):
     """Teacher 1 can't be matched (its statistics are infinite); all of teacher 0's tasks are saved all the same."""
     from infer_fast.models import build

@@ -87,6 +87,7 @@ def stand_in(name, folder):
         torch.save(torch.randn(classes, 3, size, size), init / f"tensor_{j}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYNTHESIS)
 def test_the_published_commands_run(tmp_path, call_module, name):
     stand_in(name, tmp_path)

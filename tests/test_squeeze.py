@@ -68,6 +68,7 @@ def test_command_line(call_module):
     assert done.returncode == 0 and "convnet: test accuracy" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_published_weights_are_imported_like_a_checkpoint(tiny_dataset, tmp_path, monkeypatch):
     """From the hub's folder; kept apart from trained teachers, and given way to by a checkpoint."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

@@ -109,6 +109,7 @@ CHANGED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_setting_of_a_student_takes_effect(parts, monkeypatch):
     """A student ends with other weights for each setting that is changed, the schedulers' own settings included."""
     ended = []

@@ -47,6 +47,7 @@ def published_penalty(network, x, r_var=1.0, skipped=()):
     return logits, published.weighted_penalty(hooks, first_bn_multiplier=10.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_stay_and_penalties_equal_the_published(generator, name):
     network = trained_looking(name, generator).double()
@@ -125,6 +126,7 @@ def test_what_cannot_be_fused_safely_stays_right(generator, kind, sign):
     torch.testing.assert_close(penalty[0], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "efficientnet_b0", "shufflenet_g2", "convnet-silu"])
 def test_gradients_of_the_input_equal_autograds_in_float32(generator, name, monkeypatch):
     monkeypatch.setattr(F, "relu", F.silu)  # see smooth

@@ -191,6 +191,7 @@ def test_nan_and_inf_propagate_as_the_references_do(generator, where, layout, ac
     assert ours[2][:2].isnan().any() and exact[2][:2].isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
 @pytest.mark.parametrize("with_whole", [False, True])
