@@ -20,7 +20,8 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from infer_fast.models import MatchedTeacher, build
-from infer_fast.models.surgery import FrozenConv2d, MatchedBatchNorm
+from infer_fast.models.frozen import FrozenConv2d
+from infer_fast.models.surgery import MatchedBatchNorm
 
 TEACHERS = ("resnet18", "mobilenetv2", "efficientnet_b0", "shufflenet_g2")
 IMAGES, SIZE = 100, 32

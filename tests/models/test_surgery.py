@@ -142,7 +142,7 @@ def test_gradients_of_the_input_equal_autograds_in_float32(generator, name, monk
 
 
 def test_frozen_convolutions_equal_torchs_and_keep_only_their_weight(generator):
-    from infer_fast.models.surgery import FrozenConv2d
+    from infer_fast.models.frozen import FrozenConv2d
 
     for options in (
         {"kernel_size": 3, "padding": 1},

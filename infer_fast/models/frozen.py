@@ -1,0 +1,59 @@
+"""A frozen teacher's convolutions: constant weights, which keep nothing of their input for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from infer_fast.ops.frozen_conv import frozen_conv2d
+
+
+class FrozenConv2d(nn.Module):
+    """Takes the place of a Conv2d whose weight is constant; under autocast the weight is cast once and kept."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        assert not isinstance(conv.padding, str)  # freeze_convolutions leaves those as they are
+        self.register_buffer("weight", conv.weight.detach())
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
+        self.rest = (_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
+        self.cast: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        weight, bias = self._weights(dtype)
+        with torch.autocast(kind, enabled=False):
+            return frozen_conv2d(x.to(dtype), weight, bias, *self.rest)
+
+    def cast_again(self) -> None:
+        """After the weight has changed: what it was cast to follows, where it is."""
+        for weight, bias in self.cast.values():
+            weight.copy_(self.weight)
+            if bias is not None and self.bias is not None:
+                bias.copy_(self.bias)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if dtype == self.weight.dtype:
+            return self.weight, self.bias
+        if dtype not in self.cast:
+            self.cast[dtype] = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        return self.cast[dtype]
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Of a Conv2d, whose tuples have two numbers each: torch's types don't say so."""
+    rows, columns = sizes
+    return rows, columns
+
+
+def freeze_convolutions(network: nn.Module) -> nn.Module:
+    """Every plain Conv2d becomes a FrozenConv2d (string or non-zero padding modes stay as they are)."""
+    for name, child in network.named_children():
+        setattr(network, name, freeze_convolutions(child))
+    if type(network) is nn.Conv2d and network.padding_mode == "zeros" and not isinstance(network.padding, str):
+        return FrozenConv2d(network)
+    return network

@@ -1,0 +1,142 @@
+"""What can be fused with a BatchNorm: the residual add and the activation after it, found in the torch.fx graph.
+
+A network that can't be traced is walked module by module, and its activations stay where they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+FUNCTIONS: dict[object, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+}
+METHODS: dict[object, str] = {"relu": "relu", "relu_": "relu"}
+ADDS: set[object] = {operator.add, operator.iadd, torch.add}
+
+Matched = Callable[[nn.BatchNorm2d, str], nn.Module]  # what takes the place of a norm and the activation after it
+
+
+def fuse(network: nn.Module, matched: Matched) -> nn.Module:
+    """Puts matched(norm, activation) in the place of every BatchNorm2d and what can be fused with it."""
+    if isinstance(network, nn.BatchNorm2d):
+        return _without_graph(network, matched)
+    try:
+        graph = _Tracer().trace(network)
+    except Exception:  # control flow that depends on data: fx raises whatever the network's code raised
+        return _walk(network, matched)
+    traced = fx.GraphModule(network, graph)
+    for node in list(graph.nodes):
+        norm = _called(traced, node)
+        if isinstance(norm, nn.BatchNorm2d):
+            _fuse_node(traced, node, norm, matched)
+    graph.eliminate_dead_code()
+    graph.lint()
+    traced.recompile()
+    return traced
+
+
+class _Tracer(fx.Tracer):
+    """Enters every module but torch's own and BatchNorm2d's subclasses (timm's carry an activation)."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.BatchNorm2d) or super().is_leaf_module(module, name)
+
+
+def _called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls, None if it calls none."""
+    if node.op != "call_module":
+        return None
+    assert isinstance(node.target, str)  # fx calls a module by its name, and a function by itself
+    return traced.get_submodule(node.target)
+
+
+def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, matched: Matched) -> None:
+    """Replaces a BatchNorm call, and the add and activation after it, by one call at the place of the last of them."""
+    last, residual = node, None
+    if hasattr(norm, "act"):
+        module = _without_graph(norm, matched)
+    else:
+        add = _only_user(node)
+        if add is not None and (residual := _other_summand(add, node)) is not None:
+            last = add
+        follower = _only_user(last)
+        activation = None if follower is None else _activation(traced, follower)
+        if follower is not None and activation is not None:
+            last = follower
+        module = matched(norm, activation or "none")
+    name = f"matched_{node.name}"
+    traced.add_submodule(name, module)
+    with traced.graph.inserting_after(last):
+        call = traced.graph.call_module(name, (node.args[0],) if residual is None else (node.args[0], residual))
+    last.replace_all_uses_with(call)
+    for used in dict.fromkeys((last, *_between(last, node))):
+        traced.graph.erase_node(used)
+
+
+def _between(last: fx.Node, node: fx.Node) -> list[fx.Node]:
+    """The fused nodes before `last`, latest first, down to and with the BatchNorm `node`."""
+    chain = []
+    while last is not node:
+        last = next(a for a in last.all_input_nodes if a is node or node in a.all_input_nodes)
+        chain.append(last)
+    return chain
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _other_summand(add: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What `add` adds to `node`, if it is a plain sum of two tensors that overwrites nothing anyone else reads."""
+    if add.kwargs or len(add.args) != 2:
+        return None
+    first, second = add.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)):  # a number is no residual
+        return None
+    plain = (add.op == "call_function" and add.target in ADDS) or (
+        add.op == "call_method" and add.target in ("add", "add_")
+    )
+    if not plain or first is second:
+        return None
+    in_place = add.target in (operator.iadd, "add_")
+    other = second if first is node else first
+    if in_place and first is other and len(other.users) > 1:
+        return None
+    return other
+
+
+def _activation(traced: fx.GraphModule, node: fx.Node) -> str | None:
+    """The name of the activation that `node` is, or None."""
+    if node.op == "call_module":
+        return MODULES.get(type(_called(traced, node)))
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)
+    return METHODS.get(node.target) if node.op == "call_method" else None
+
+
+def _walk(network: nn.Module, matched: Matched) -> nn.Module:
+    """Without a graph: every BatchNorm2d is replaced where it stands."""
+    for name, child in network.named_children():
+        setattr(network, name, _walk(child, matched))
+    return _without_graph(network, matched) if isinstance(network, nn.BatchNorm2d) else network
+
+
+def _without_graph(norm: nn.BatchNorm2d, matched: Matched) -> nn.Module:
+    """The norm alone, matched; with it the dropout and activation of its own that timm's BatchNormAct2d has."""
+    if not hasattr(norm, "act"):
+        return matched(norm, "none")
+    drop, act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+    activation = "none" if isinstance(act, nn.Identity) else MODULES.get(type(act))
+    if isinstance(drop, nn.Identity) and activation is not None:
+        return matched(norm, activation)
+    return nn.Sequential(matched(norm, "none"), drop, act)
