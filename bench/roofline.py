@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from bench import measure
 from infer_fast.models import build
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.ops import adam, bn_match_operator
+from infer_fast.ops import adam, bn_match_operator, view
 from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.iteration import iterate, start_state
@@ -47,6 +48,8 @@ OURS: dict[str, Callable[..., Any]] = {  # what runs in place of a registered op
     "infer_fast.bn_match.default": bn_match_operator._run_forward,
     "infer_fast.bn_match_backward.default": bn_match_operator._run_backward,
     "infer_fast.adam_.default": lambda backend, **given: adam._adam._init_fn(**given),
+    "infer_fast.view.default": lambda backend, **given: view._view._init_fn(**given),
+    "infer_fast.view_backward.default": lambda backend, **given: view._view_backward._init_fn(**given),
 }
 NO_KERNEL = {  # allocations and looks at memory that their schemas don't tell apart from work
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "as_strided_", "_unsafe_view"),
@@ -115,8 +118,9 @@ def iteration(teacher: nn.Module, classes: int, size: int) -> list[Kernel]:
         base = torch.empty(1, classes, 3, size, size)
         problem = Problem(matched, base, torch.arange(classes), settings, "bfloat16")
         state = start_state(problem, views)
-        iterate(problem, state)
-        return record(lambda: iterate(problem, state, _adam))
+        with mock.patch("infer_fast.synthesis.views.serves", lambda *_: True):  # as on a GPU
+            iterate(problem, state)
+            return record(lambda: iterate(problem, state, _adam))
 
 
 def _adam(*tensors: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor] | None) -> None:
@@ -200,7 +204,8 @@ class _Counted:
 def counted_launches() -> Iterator[list[str]]:
     """The names of our kernels as they are launched inside, none of which runs."""
     import infer_fast.kernels.adam
-    import infer_fast.kernels.bn_match  # noqa: F401  # Triton is imported where it is used
+    import infer_fast.kernels.bn_match
+    import infer_fast.kernels.view  # noqa: F401  # Triton is imported where it is used
 
     launches: list[str] = []
     found = [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from infer_fast.kernels import adam, bn_match, bn_match_statistics, compose, perturb
+from infer_fast.kernels import adam, bn_match, bn_match_statistics, compose, perturb, view
 from infer_fast.kernels.bn_match_plan import plan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -126,6 +126,21 @@ def compose_batches() -> Iterator[Form]:
         yield Form(compose._compose, pointers, {}, constants)
 
 
+def views() -> Iterator[Form]:
+    draws = {"counter_ptr": LONGS, "shift_ptr": LONGS, "crop_ptr": LONGS, "flip_ptr": "*i1"}
+    seen = draws | {"base_ptr": FLOATS, "added_ptr": FLOATS, "out_ptr": "*bf16"}
+    for cropped in (True, False):
+        constants = {"ADDED": True, "CROPPED": cropped, "VECTOR": view.VECTOR, "BLOCK": view.BLOCK}
+        yield Form(view._view, seen, {}, constants, view.WARPS, (STORES,))
+    for shifted, deep in ((True, view.DEEP), (False, view.DEEP), (True, 1)):
+        constants = {"SHIFTED": shifted, "VECTOR": view.VECTOR, "ACROSS": view.ACROSS, "DEEP": deep}
+        pointers = {"grad_ptr": "*bf16", "out_ptr": FLOATS, "counter_ptr": LONGS, "shift_ptr": LONGS}
+        yield Form(view._sum_back, pointers, {}, constants, view.WARPS, (LOADS,) if deep > 1 else ())
+    for rows in (True, False):
+        pointers = draws | {"grad_ptr": FLOATS, "out_ptr": FLOATS}
+        yield Form(view._uncropped, pointers, {}, {"ROWS": rows, "BLOCK": view.LINE}, view.WARPS)
+
+
 def check(form: Form, folder: Path) -> None:
     """Compiles a form; fails where an instruction that must be there is not, or registers are spilled."""
     fn = form.kernel
@@ -158,7 +173,7 @@ def check(form: Form, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    forms = [*bn_match_passes(), *bn_match_sums(), *perturb_steps(), *adam_steps(), *compose_batches()]
+    forms = [*bn_match_passes(), *bn_match_sums(), *perturb_steps(), *adam_steps(), *compose_batches(), *views()]
     for form in forms:
         check(form, Path(os.environ["TRITON_CACHE_DIR"]))
     print(len(forms), "kernels")

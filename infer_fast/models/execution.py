@@ -71,6 +71,11 @@ def choose_precision(device: torch.device, precision: str) -> str:
     return precision
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Of what a pass is given, in a precision that choose_precision has returned."""
+    return torch.bfloat16 if AUTOCAST[precision] else torch.float32
+
+
 def processor_has_bfloat16() -> bool:
     """Whether oneDNN has bfloat16 kernels for this processor; emulated, they are slower than float32's."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

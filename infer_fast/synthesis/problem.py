@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
-from infer_fast.models.execution import at_precision
+from infer_fast.models.execution import at_precision, dtype_of
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops import perturb_
 from infer_fast.ops.bn_match import Statistics, pooled
 from infer_fast.recipes import SynthesisSettings
-from infer_fast.synthesis.views import View, Views, apply_view, view_of_sum
+from infer_fast.synthesis.views import View, Views, apply_view, seen
 
 
 @dataclass
@@ -38,7 +38,8 @@ class Problem:
 
     base: float32 (L, C, 3, H, W), normalised, on the device; targets: int64 (C,), the class of each image of a lane;
     teacher: the matched teacher all lanes share; precision: of its pass, as choose_precision returns it (losses and
-    what is optimised stay float32); chunk: images of each lane that are passed together, None for all C.
+    what is optimised stay float32); chunk: images of each lane that are passed together, None for all C; backend: of
+    the views, None for the fastest.
     """
 
     teacher: MatchedTeacher
@@ -47,6 +48,7 @@ class Problem:
     settings: SynthesisSettings
     precision: str = "float32"
     chunk: int | None = None
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         """bounds: image mode keeps the images in the normalised range of [0,1] pixels; a compensator has none."""
@@ -60,11 +62,13 @@ class Problem:
         lanes, _, *image = self.base.shape
         return torch.zeros(lanes, 1, *image, device=self.base.device)
 
-    def seen(self, optimised: torch.Tensor, view: View, span: slice = slice(None)) -> torch.Tensor:
-        """This iteration's view of the images of `span`, (L, C', 3, H, W)."""
-        if self.settings.optimise == "images":
-            return apply_view(optimised[:, span], view)
-        return view_of_sum(self.base[:, span], optimised, view)
+    def seen(
+        self, optimised: torch.Tensor, view: View, span: slice = slice(None), dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """This iteration's view of the images of `span`, (L, C', 3, H, W); in `dtype` where a kernel makes it."""
+        images = self.settings.optimise == "images"
+        base, added = (optimised[:, span], None) if images else (self.base[:, span], optimised)
+        return seen(base, added, view, dtype, self.backend)
 
     def loss(
         self,
@@ -77,7 +81,7 @@ class Problem:
 
         whole: every layer's statistics over all images, if the span is a chunk of them.
         """
-        images = self.seen(optimised, view, span)
+        images = self.seen(optimised, view, span, dtype_of(self.precision))
         with at_precision(images.device, self.precision):
             logits, penalty = self.teacher(images.flatten(0, 1), len(images), whole)
         return lane_cross_entropy(logits, self.targets[span], len(images)) + self.settings.r_bn * penalty
@@ -111,7 +115,7 @@ class Problem:
         """Every layer's statistics over all images of a lane: one pass for each span, nothing kept."""
         parts = []
         for span in spans:
-            images = self.seen(optimised, view, span)
+            images = self.seen(optimised, view, span, dtype_of(self.precision))
             with at_precision(images.device, self.precision):
                 parts.append(self.teacher.statistics(images.flatten(0, 1), len(images)))
         counts = [span.stop - span.start for span in spans]

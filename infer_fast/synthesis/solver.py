@@ -191,7 +191,13 @@ class Solver:
         if self._loop is None or not self._loop.takes(base, views):
             self._let_go()
             problem = Problem(
-                self._matched, base.clone(), targets.clone(), self.settings, self.execution.precision, self.chunk
+                self._matched,
+                base.clone(),
+                targets.clone(),
+                self.settings,
+                self.execution.precision,
+                self.chunk,
+                self.execution.forced_backend,
             )
             self._loop = self._start(problem, start_state(problem, views))
         else:

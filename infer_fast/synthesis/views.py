@@ -9,21 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 
 from infer_fast.data.crops import draw_crops, in_crop
+from infer_fast.ops.view import serves
+from infer_fast.ops.view import view as one_launch
 
 CROPPED_FROM = 64  # pixels of the shorter side
-
-
-class View(NamedTuple):
-    """One iteration's draws of L lanes: shift int64 (L, 2); crop int64 (L, 4) and flip bool (L,), or None."""
-
-    shift: torch.Tensor
-    crop: torch.Tensor | None = None
-    flip: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +50,33 @@ class Views:
 
     def at(self, counter: torch.Tensor) -> View:
         """Iteration `counter`'s view; counter int64 (1,) on the device, and nothing is read back."""
-        chosen = self.each(lambda t: t.index_select(0, counter)[0])
-        return View(chosen.shift, chosen.crop, chosen.flip)
+        return View(self, counter)
+
+
+@dataclass(frozen=True)
+class View:
+    """One iteration's draws of L lanes: row `counter`, int64 (1,), of all. They are read where they are needed.
+
+    shift: int64 (L, 2); crop: int64 (L, 4) and flip: bool (L,), or None.
+    """
+
+    views: Views
+    counter: torch.Tensor
+
+    @cached_property
+    def shift(self) -> torch.Tensor:
+        return self._own(self.views.shift)
+
+    @cached_property
+    def crop(self) -> torch.Tensor | None:
+        return None if self.views.crop is None else self._own(self.views.crop)
+
+    @cached_property
+    def flip(self) -> torch.Tensor | None:
+        return None if self.views.flip is None else self._own(self.views.flip)
+
+    def _own(self, draws: torch.Tensor) -> torch.Tensor:
+        return draws.index_select(0, self.counter)[0]
 
 
 def task_generator(seed: int, teacher: int, index: int, purpose: str) -> torch.Generator:
@@ -87,6 +106,24 @@ def draw_views(
         crops.append(draw_crops(iterations, size, generator))
         flips.append(torch.rand(iterations, generator=generator) < 0.5)
     return Views(shift, torch.stack(crops, dim=1), torch.stack(flips, dim=1))
+
+
+def seen(
+    base: torch.Tensor,
+    added: torch.Tensor | None,
+    view: View,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The view of base (L, C, 3, H, W), and of `added` (L, 1, 3, H, W) with it, in one kernel where there is one.
+
+    Differentiable in `added`, and without it in base. Only that kernel gives another dtype than base has.
+    """
+    draws = view.views
+    if serves(base, added, draws.crop, backend):
+        images = one_launch(base, added, draws.shift, draws.crop, draws.flip, view.counter, dtype=dtype)
+        return images.unflatten(0, base.shape[:2])
+    return apply_view(base, view) if added is None else view_of_sum(base, added, view)
 
 
 def apply_view(x: torch.Tensor, view: View) -> torch.Tensor:

@@ -15,8 +15,9 @@ from infer_fast.ops.bn_match_operator import ACTIVATION_NUMBERS
 from infer_fast.ops.compose import Quantised
 from infer_fast.ops.compose import reference as composed
 from infer_fast.ops.perturb import reference as perturb
+from infer_fast.synthesis.views import Views, _mapped, _maps, apply_view, circular_shift
 
-__all__ = ["adam", "bn_match_backward", "bn_match_forward", "compose", "perturb"]
+__all__ = ["adam", "bn_match_backward", "bn_match_forward", "compose", "perturb", "sum_back", "uncropped", "view"]
 
 NAMES = {number: name for name, number in ACTIVATION_NUMBERS.items()}
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)
@@ -75,3 +76,23 @@ def compose(base, base_index, compensators, compensator_index, shift, flip, lam,
     known = None if compensators is None else compensator_index
     drawn = {"shift": shift, "flip": flip, "lam": lam, "partner": partner}
     out.copy_(composed(base, base_index, dense, known, **drawn, mean=mean, std=std, dtype=out.dtype))
+
+
+def view(base, added, shift, crop, flip, counter, out) -> None:
+    whole = base if added is None else base + added
+    out.copy_(apply_view(whole, Views(shift, crop, flip).at(counter)).flatten(0, 1))
+
+
+def sum_back(grad, shift, counter, out) -> None:
+    total = grad.float().unflatten(0, (len(out), -1)).sum(dim=1)
+    if shift is None:
+        out.copy_(total)
+    else:
+        lanes = shift.shape[1]
+        back = circular_shift(total.unflatten(0, (lanes, -1)), -shift.index_select(0, counter)[0])
+        out.copy_(back.flatten(0, 1))
+
+
+def uncropped(grad, shift, crop, flip, counter, out) -> None:
+    rows, columns = _maps(Views(shift, crop, flip).at(counter), out.unsqueeze(1))
+    out.copy_(_mapped(grad.unsqueeze(1), rows.transpose(-1, -2), columns.transpose(-1, -2)).squeeze(1))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from infer_fast.kernels import adam, bn_match, compose, perturb
+from infer_fast.kernels import adam, bn_match, compose, perturb, view
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -32,6 +32,9 @@ LAUNCHERS: dict[tuple[ModuleType, str], Callable[..., None]] = {
     (bn_match, "backward"): arithmetic.bn_match_backward,
     (compose, "compose"): arithmetic.compose,
     (perturb, "perturb"): arithmetic.perturb,
+    (view, "view"): arithmetic.view,
+    (view, "sum_back"): arithmetic.sum_back,
+    (view, "uncropped"): arithmetic.uncropped,
 }
 
 

@@ -13,20 +13,24 @@ from tests.stand_in.record import idle, runtime
 IMAGES, SIZE = 100, (32, 32)
 # What it was seen to take, with torch 2.14. A change that lowers a number lowers it here; none may rise.
 MOST = {
-    "kernels, copies and fills of torch": 67,
+    "kernels, copies and fills of torch": 42,
     "calls of cuDNN and cuBLAS": 42,  # 20 convolutions and a linear layer, each way
     "launches of _forward": 20,  # one for each BatchNorm, and so are the next two
     "launches of _finish": 20,
     "launches of _backward": 20,
+    "launches of _view": 1,
+    "launches of _sum_back": 1,  # the view's gradient
     "launches of _look": 1,  # adam_'s two
     "launches of _update": 1,
-    "launches of Triton": 62,
+    "launches of Triton": 64,
     "variants of _forward": 6,  # compiled before the capture
     "variants of _finish": 1,
     "variants of _backward": 6,
+    "variants of _view": 1,
+    "variants of _sum_back": 1,
     "variants of _look": 1,
     "variants of _update": 1,
-    "variants of Triton": 15,
+    "variants of Triton": 17,
     "tuned problems": 0,
 }
 

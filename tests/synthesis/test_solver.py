@@ -20,8 +20,8 @@ from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis import NonFiniteLossError, Views, draw_views, solve
 from infer_fast.synthesis.problem import Problem, adjusted_teacher, image_prior
 from infer_fast.synthesis.solver import Solver
-from infer_fast.synthesis.views import View
 from tests.models.test_surgery import smooth
+from tests.synthesis.test_views import only
 
 SETTINGS = SynthesisSettings(
     iterations=20, lr=0.1, r_bn=0.7, r_var=3.0, jitter=2, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
@@ -47,7 +47,7 @@ def test_loss_and_gradient_equal_the_published_ones_for_resnet18(generator, dtyp
     shift = torch.randint(0, 5, (2, 2), generator=generator)
     u.requires_grad_(True)
     problem = Problem(MatchedTeacher(network, r_var=SETTINGS.r_var), base, torch.arange(CLASSES), SETTINGS)
-    loss = problem.loss(u, View(shift))
+    loss = problem.loss(u, only(shift))
     (gradient,) = torch.autograd.grad(loss.sum(), u)
 
     exact, views = network.double(), Views(shift[None])
@@ -180,7 +180,7 @@ def test_the_loss_falls(generator):
 def solve_loss(network, base, u, settings):
     problem = Problem(MatchedTeacher(network, r_var=settings.r_var), base, torch.arange(base.shape[1]), settings)
     with torch.no_grad():
-        return problem.loss(u, View(torch.zeros(len(base), 2, dtype=torch.int64)))
+        return problem.loss(u, only(torch.zeros(len(base), 2, dtype=torch.int64)))
 
 
 @pytest.mark.slow

@@ -6,7 +6,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, resized_crop
 
 from infer_fast.data.crops import draw_crops
-from infer_fast.synthesis.views import View, apply_view, circular_shift, draw_views, view_of_sum
+from infer_fast.synthesis.views import View, Views, apply_view, circular_shift, draw_views, view_of_sum
+
+
+def only(shift, crop=None, flip=None) -> View:
+    """The view of the only iteration there is."""
+    return Views(shift, crop, flip).each(lambda t: t[None]).at(torch.zeros(1, dtype=torch.int64))
 
 
 def test_draws_depend_on_seed_teacher_and_index_alone():
@@ -42,7 +47,7 @@ def test_crops_equal_torchvisions(generator, size):
     crop = torch.cat([draw_crops(5, size, generator), torch.tensor([[0, 0, *size]])])
     flip = torch.tensor([True, False] * 3)
     shift = torch.randint(0, 9, (6, 2), generator=generator)
-    views = apply_view(x, View(shift, crop, flip))
+    views = apply_view(x, only(shift, crop, flip))
     for lane in range(6):
         cropped = resized_crop(x[lane], *crop[lane].tolist(), size, InterpolationMode.BILINEAR, antialias=True)
         expected = torch.roll(hflip(cropped) if flip[lane] else cropped, tuple(shift[lane].tolist()), (-2, -1))
@@ -51,7 +56,7 @@ def test_crops_equal_torchvisions(generator, size):
 
 def test_a_crops_gradient_is_its_transpose(generator):
     x = torch.rand(1, 1, 3, 64, 64, generator=generator, dtype=torch.float64, requires_grad=True)
-    view = View(torch.tensor([[3, 1]]), draw_crops(1, (64, 64), generator), torch.tensor([True]))
+    view = only(torch.tensor([[3, 1]]), draw_crops(1, (64, 64), generator), torch.tensor([True]))
     y, g = (torch.rand(x.shape, generator=generator, dtype=torch.float64) for _ in range(2))
     (gradient,) = torch.autograd.grad((apply_view(x, view) * g).sum(), x)
     torch.testing.assert_close((gradient * y).sum(), (apply_view(y, view) * g).sum())
@@ -69,7 +74,7 @@ def test_the_view_of_a_sum_has_the_summed_gradient_of_what_is_added(generator, c
     base = torch.rand(2, 5, 3, 64, 66, generator=generator, dtype=torch.float64)
     added = torch.rand(2, 1, 3, 64, 66, generator=generator, dtype=torch.float64, requires_grad=True)
     shift = torch.randint(0, 9, (2, 2), generator=generator)
-    view = View(shift, draw_crops(2, (64, 66), generator), torch.tensor([True, False])) if cropped else View(shift)
+    view = only(shift, draw_crops(2, (64, 66), generator), torch.tensor([True, False])) if cropped else only(shift)
     weights = torch.rand(base.shape, generator=generator, dtype=torch.float64)
     seen, expected = view_of_sum(base, added, view), apply_view(base + added, view)
     assert torch.equal(seen, expected)
