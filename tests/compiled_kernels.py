@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from infer_fast.kernels import adam, bn_match, bn_match_statistics, compose, perturb, view
+from infer_fast.kernels import adam, bn_match, bn_match_statistics, compose, max_pool, perturb, view
 from infer_fast.kernels.bn_match_plan import plan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,6 +30,7 @@ NARROW = {  # what moves one element of a tensor at a time
     "*fp16": ("ld.global.b16", "st.global.b16"),
     "*fp32": (),  # as the vectors of parameters are read
 }
+SINGLE_BYTES = ("ld.global.b8", "st.global.b8")
 MULTIPROCESSORS = 132
 FLOATS, BYTES, LONGS = "*fp32", "*u8", "*i64"
 
@@ -113,6 +114,23 @@ def adam_steps() -> Iterator[Form]:
         yield Form(adam._update, pointers, numbers, constants | {"BOUNDED": bounded}, adam.WARPS, (LOADS, STORES))
 
 
+def max_pools() -> Iterator[Form]:
+    names = "KERNEL_HEIGHT", "KERNEL_WIDTH", "STRIDE_DOWN", "STRIDE_RIGHT", "PADDING_TOP", "PADDING_LEFT"
+    for dtype, window, vector in [
+        ("*bf16", (3, 3, 2, 2, 1, 1), 8),
+        ("*bf16", (2, 2, 2, 2, 0, 0), 8),
+        ("*fp16", (3, 3, 1, 1, 1, 1), 8),
+        ("*fp32", (3, 3, 2, 2, 1, 1), 4),
+        ("*bf16", (3, 3, 2, 2, 0, 0), 1),  # contiguous, or no whole vectors
+        ("*bf16", (15, 15, 1, 1, 7, 7), 8),
+    ]:
+        constants = dict(zip(names, window, strict=True)) | {"VECTOR": vector, "BLOCK": max_pool.BLOCK}
+        pointers = {f"{name}_ptr": dtype for name in ("x", "y", "grad_y", "grad_x")} | {"position_ptr": BYTES}
+        wide, narrow = ((LOADS, STORES), (*NARROW[dtype], *SINGLE_BYTES)) if vector > 1 else ((), ())
+        for kernel in (max_pool._pool, max_pool._unpool):
+            yield Form(kernel, pointers, {}, constants, max_pool.WARPS, wide, narrow)
+
+
 def compose_batches() -> Iterator[Form]:
     types = {
         LONGS: ("base_index", "compensator_index", "shift", "partner"),
@@ -173,7 +191,15 @@ def check(form: Form, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    forms = [*bn_match_passes(), *bn_match_sums(), *perturb_steps(), *adam_steps(), *compose_batches(), *views()]
+    forms = [
+        *bn_match_passes(),
+        *bn_match_sums(),
+        *perturb_steps(),
+        *adam_steps(),
+        *compose_batches(),
+        *views(),
+        *max_pools(),
+    ]
     for form in forms:
         check(form, Path(os.environ["TRITON_CACHE_DIR"]))
     print(len(forms), "kernels")

@@ -62,7 +62,7 @@ def test_four_teachers_ask_for_few_kernels(tmp_path):
 @pytest.mark.slow
 @needs_triton
 def test_every_kernel_compiles_for_hopper_spills_no_register_and_moves_16_bytes_at_a_time(tmp_path):
-    assert run("tests.compiled_kernels", tmp_path) == "50 kernels"
+    assert int(run("tests.compiled_kernels", tmp_path).removesuffix(" kernels")) >= 50
 
 
 def run(module, folder):

@@ -3,6 +3,7 @@
 from infer_fast.ops.adam import adam_
 from infer_fast.ops.bn_match import bn_match, bn_match_statistics
 from infer_fast.ops.compose import Quantised, compose
+from infer_fast.ops.max_pool import max_pool
 from infer_fast.ops.perturb import perturb_
 
-__all__ = ["Quantised", "adam_", "bn_match", "bn_match_statistics", "compose", "perturb_"]
+__all__ = ["Quantised", "adam_", "bn_match", "bn_match_statistics", "compose", "max_pool", "perturb_"]

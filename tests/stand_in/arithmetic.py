@@ -7,6 +7,7 @@ launchers read what they wrote.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import max_pool2d as pooled
 
 from infer_fast.ops.adam import reference as stepped
 from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
@@ -17,7 +18,18 @@ from infer_fast.ops.compose import reference as composed
 from infer_fast.ops.perturb import reference as perturb
 from infer_fast.synthesis.views import Views, _mapped, _maps, apply_view, circular_shift
 
-__all__ = ["adam", "bn_match_backward", "bn_match_forward", "compose", "perturb", "sum_back", "uncropped", "view"]
+__all__ = [
+    "adam",
+    "bn_match_backward",
+    "bn_match_forward",
+    "compose",
+    "max_pool_backward",
+    "max_pool_forward",
+    "perturb",
+    "sum_back",
+    "uncropped",
+    "view",
+]
 
 NAMES = {number: name for name, number in ACTIVATION_NUMBERS.items()}
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)
@@ -96,3 +108,28 @@ def sum_back(grad, shift, counter, out) -> None:
 def uncropped(grad, shift, crop, flip, counter, out) -> None:
     rows, columns = _maps(Views(shift, crop, flip).at(counter), out.unsqueeze(1))
     out.copy_(_mapped(grad.unsqueeze(1), rows.transpose(-1, -2), columns.transpose(-1, -2)).squeeze(1))
+
+
+def max_pool_forward(x, window, channels_last, outputs) -> None:
+    y, position = outputs
+    chosen, index = pooled(x.float(), *window, ceil_mode=True, return_indices=True)
+    h, w = y.shape[2:]  # without ceil_mode the last windows are left out
+    y.copy_(chosen[..., :h, :w])
+    rows, columns = index[..., :h, :w] // x.shape[3], index[..., :h, :w] % x.shape[3]
+    tops, lefts = starts_of(y, window)
+    position.copy_((rows - tops) * window.kernel[1] + columns - lefts)
+
+
+def max_pool_backward(grad_y, position, window, channels_last, grad_x) -> None:
+    tops, lefts = starts_of(grad_y, window)
+    index = position.long()
+    index = (tops + index // window.kernel[1]) * grad_x.shape[3] + lefts + index % window.kernel[1]
+    summed = torch.zeros(grad_x.shape).flatten(2)
+    grad_x.copy_(summed.scatter_add_(2, index.flatten(2), grad_y.float().flatten(2)).view(grad_x.shape))
+
+
+def starts_of(y, window) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first row and column of each window, padding counted, (OH, 1) and (OW,)."""
+    sides = zip(y.shape[2:], window.stride, window.padding, strict=True)
+    rows, columns = (torch.arange(windows) * stride - padding for windows, stride, padding in sides)
+    return rows.view(-1, 1), columns
