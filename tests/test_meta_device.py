@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from infer_fast.models import MatchedTeacher, build
+from infer_fast.models.pool import freeze_pooling
 from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis import draw_views, problem
 from infer_fast.synthesis.iteration import iterate, start_state
@@ -27,11 +29,13 @@ class Watched(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.mixed: list[str] = []
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim() > 0}
         if len(devices) > 1:
             self.mixed.append(str(function))
+        self.names.add(str(function))
         return function(*args, **(kwargs or {}))
 
 
@@ -61,6 +65,15 @@ def test_an_iteration_reads_no_value_and_takes_no_host_tensor(name, size, change
     with Watched() as watched:
         iterate(task, state)
     assert watched.mixed == []
+
+
+def test_nor_does_max_pooling_as_a_gpu_has_it():
+    pool = freeze_pooling(torch.nn.MaxPool2d(3, 2, 1))
+    x = torch.empty(2, 8, 9, 9, device="meta", requires_grad=True)
+    with Watched() as watched, mock.patch("infer_fast.ops.max_pool.choose", lambda *_: "triton"):
+        (gradient,) = torch.autograd.grad(pool(x).sum(), x)
+    assert watched.mixed == [] and gradient.shape == x.shape
+    assert {"infer_fast.max_pool.default", "infer_fast.max_pool_backward.default"} <= watched.names
 
 
 def test_a_read_and_a_host_tensor_are_noticed():

@@ -1,7 +1,7 @@
 """BatchNorm surgery: a copy of a frozen teacher made for matching.
 
 Every BatchNorm2d, the residual add after it and the activation after that become one bn_match, which also gives the
-statistics penalty; every convolution keeps nothing but its weight for backward.
+statistics penalty; every convolution keeps nothing but its weight for backward, every max-pooling a byte an output.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from infer_fast.errors import InferFastError
 from infer_fast.models.frozen import FrozenConv2d, freeze_convolutions
 from infer_fast.models.fuse import fuse
+from infer_fast.models.pool import freeze_pooling
 from infer_fast.ops import bn_match, bn_match_statistics
 from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
 
@@ -133,7 +134,7 @@ class MatchedTeacher(nn.Module):
             )
 
         self._weights = list(network.parameters())  # what convolutions and norms below share their memory with
-        self.network = freeze_convolutions(fuse(network, matched))
+        self.network = freeze_pooling(freeze_convolutions(fuse(network, matched)), backend)
 
     @torch.no_grad()
     def take(self, teacher: nn.Module) -> None:

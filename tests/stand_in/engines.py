@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -43,8 +44,8 @@ def compare(
     lanes: int | None = None,
     chunk: int | None = None,
     precision: str = "float32",
-) -> None:
-    """LANES tasks of CLASSES images, by the engine and backend that auto chooses, and by neither."""
+) -> Counter[str]:
+    """LANES tasks of CLASSES images, by the engine and backend that auto chooses, and by neither; what was launched."""
     base = torch.randn(LANES, CLASSES, 3, size, size)
     want = Solver(copy.deepcopy(network), settings=settings, execution=replace(PLAIN, precision=precision)).solve(base)
     with emulated() as record:
@@ -56,6 +57,7 @@ def compare(
     assert record.captured_launches["_forward"] > 0 and record.captured_launches["_backward"] > 0
     difference = float((got - want).norm() / want.norm())
     assert difference <= TOLERANCE[precision], f"differs by {difference:.2g} of its norm"
+    return record.captured_launches
 
 
 def check_compensators_of_two_lanes_in_one_batch():
@@ -110,6 +112,11 @@ def check_a_teacher_that_cannot_be_captured_is_solved_eagerly():
 
 def check_resnet18():
     compare(trained("resnet18", 32), 32, replace(SETTINGS, iterations=2))
+
+
+def check_resnet18_with_its_large_stem():
+    launched = compare(trained("resnet18", 72), 72, replace(SETTINGS, iterations=2))
+    assert launched["_pool"] == launched["_unpool"] > 0
 
 
 def check_mobilenetv2():

@@ -1,0 +1,42 @@
+"""A frozen teacher's max-pooling, by the op that keeps a byte for each output for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from infer_fast.ops import max_pool
+from infer_fast.ops.max_pool import LARGEST
+
+
+class FrozenMaxPool2d(nn.Module):
+    """Takes the place of a MaxPool2d without dilation and indices; see infer_fast.ops.max_pool."""
+
+    def __init__(self, pool: nn.MaxPool2d, backend: str | None = None):
+        super().__init__()
+        self.window = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
+        self.ceil_mode, self.backend = pool.ceil_mode, backend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return max_pool(x, *self.window, ceil_mode=self.ceil_mode, backend=self.backend)
+
+
+def freeze_pooling(network: nn.Module, backend: str | None = None) -> nn.Module:
+    """Every plain MaxPool2d becomes a FrozenMaxPool2d (with dilation, indices or a large window it stays as it is)."""
+    for name, child in network.named_children():
+        setattr(network, name, freeze_pooling(child, backend))
+    if type(network) is nn.MaxPool2d and _served(network):
+        return FrozenMaxPool2d(network, backend)
+    return network
+
+
+def _served(pool: nn.MaxPool2d) -> bool:
+    """Whether the op does it."""
+    undilated = _pair(pool.dilation) == (1, 1)
+    return undilated and not pool.return_indices and max(_pair(pool.kernel_size)) <= LARGEST
+
+
+def _pair(sizes: int | tuple[int, ...]) -> tuple[int, int]:
+    """(vertical, horizontal) of what MaxPool2d takes: one number for both, or two."""
+    rows, columns = (sizes, sizes) if isinstance(sizes, int) else sizes
+    return rows, columns
