@@ -5,8 +5,8 @@
 
 One iteration in bfloat16 is recorded on tensors without memory: each operator that computes something, the bytes of its
 arguments and results, and its floating-point operations. What only looks at memory in another way, or allocates it,
-counts nothing. An operator is one launch, bn_match and adam_ as many as their Triton launchers make. A kernel takes the
-longer of its bytes at the memory's rate and its operations at the matrix units' rate, and LAUNCH more: the predicted
+counts nothing. An operator is one launch, ours are as many as their Triton launchers make. A kernel takes the longer of
+its bytes at the memory's rate and its operations at the matrix units' rate, and LAUNCH more: the predicted
 time is the sum. It leaves out what caches save, and what kernels lose that are too small to fill the device or read
 memory twice.
 """
@@ -30,8 +30,11 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import measure
 from infer_fast.models import build
+from infer_fast.models.pool import FrozenMaxPool2d
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops import adam, bn_match_operator, view
+from infer_fast.ops.max_pool import _backward as unpool
+from infer_fast.ops.max_pool import _forward as pool
 from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.iteration import iterate, start_state
@@ -50,6 +53,8 @@ OURS: dict[str, Callable[..., Any]] = {  # what runs in place of a registered op
     "infer_fast.adam_.default": lambda backend, **given: adam._adam._init_fn(**given),
     "infer_fast.view.default": lambda backend, **given: view._view._init_fn(**given),
     "infer_fast.view_backward.default": lambda backend, **given: view._view_backward._init_fn(**given),
+    "infer_fast.max_pool.default": lambda backend, **given: pool._init_fn(**given),
+    "infer_fast.max_pool_backward.default": lambda backend, **given: unpool._init_fn(**given),
 }
 NO_KERNEL = {  # allocations and looks at memory that their schemas don't tell apart from work
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "as_strided_", "_unsafe_view"),
@@ -114,7 +119,7 @@ def iteration(teacher: nn.Module, classes: int, size: int) -> list[Kernel]:
     settings = SynthesisSettings(iterations=2, lr=0.01, batch_size=classes)
     views = draw_views(0, 0, [0], iterations=2, jitter=settings.jitter)
     matched = MatchedTeacher(teacher, backend="native")  # any operator will do: OURS takes its place
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(FrozenMaxPool2d, "forward", _pool):
         base = torch.empty(1, classes, 3, size, size)
         problem = Problem(matched, base, torch.arange(classes), settings, "bfloat16")
         state = start_state(problem, views)
@@ -126,6 +131,11 @@ def iteration(teacher: nn.Module, classes: int, size: int) -> list[Kernel]:
 def _adam(*tensors: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor] | None) -> None:
     """adam_ as a GPU has it."""
     torch.ops.infer_fast.adam_(*tensors, *(bounds or (None, None)))
+
+
+def _pool(module: FrozenMaxPool2d, x: torch.Tensor) -> torch.Tensor:
+    """max_pool as a GPU has it."""
+    return torch.ops.infer_fast.max_pool(x, *map(list, module.window), module.ceil_mode)[0]
 
 
 def record(run: Callable[[], object]) -> list[Kernel]:
@@ -205,6 +215,7 @@ def counted_launches() -> Iterator[list[str]]:
     """The names of our kernels as they are launched inside, none of which runs."""
     import infer_fast.kernels.adam
     import infer_fast.kernels.bn_match
+    import infer_fast.kernels.max_pool  # Triton is imported where it is used
     import infer_fast.kernels.view  # noqa: F401  # Triton is imported where it is used
 
     launches: list[str] = []

@@ -224,6 +224,16 @@ def test_the_trace_of_an_iteration_has_the_operations_of_its_floor(name):
     assert [k.launches for k in kernels if k.name == "infer_fast.adam_.default"] == [2]
 
 
+def test_the_trace_has_max_pooling_as_a_gpu_has_it():
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2, 1), nn.Flatten()).eval()
+    kernels = {k.name: k for k in roofline.iteration(teacher, 5, 8) if "max_pool" in k.name}
+    inside, outside = 5 * 8 * 64, 5 * 8 * 16  # elements, in bfloat16; a byte is the position in the window
+    assert {name: (k.launches, k.moved) for name, k in kernels.items()} == {
+        "infer_fast.max_pool.default": (1, 2 * inside + 3 * outside),
+        "infer_fast.max_pool_backward.default": (1, 2 * inside + 3 * outside),
+    }
+
+
 def test_the_bytes_of_a_tiny_network_are_those_counted_by_hand():
     """5 images of 4x4 in float32 through a 1x1 convolution from 3 to 8 channels and a BatchNorm, and back."""
     network = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)).eval()
