@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from infer_fast.kernels import adam, bn_match, bn_match_statistics, compose, max_pool, perturb, view
+from infer_fast.kernels import adam, bn_match, bn_match_statistics, compose, max_pool, perturb, scale_shift, view
 from infer_fast.kernels.bn_match_plan import plan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -131,6 +131,21 @@ def max_pools() -> Iterator[Form]:
             yield Form(kernel, pointers, {}, constants, max_pool.WARPS, wide, narrow)
 
 
+def scales_and_shifts() -> Iterator[Form]:
+    vectors = {"scale_ptr": FLOATS, "shift_ptr": FLOATS}
+    for dtype, activation, residual, rows, vector in [
+        ("*bf16", 1, True, True, 8),
+        ("*fp32", 3, False, True, 4),
+        ("*fp16", 1, True, False, 8),
+        ("*bf16", 0, False, True, 1),  # no whole vectors
+    ]:
+        pointers = {f"{name}_ptr": dtype for name in ("x", "residual", "y")} | vectors
+        constants = {"ACTIVATION": activation, "RESIDUAL": residual, "ROWS": rows, "VECTOR": vector}
+        constants |= {"BLOCK": scale_shift.BLOCK}
+        wide, narrow = ((LOADS, STORES), (*NARROW[dtype], *["ld.global.b32"] * rows)) if vector > 1 else ((), ())
+        yield Form(scale_shift._scale_shift, pointers, {}, constants, scale_shift.WARPS, wide, narrow)
+
+
 def compose_batches() -> Iterator[Form]:
     types = {
         LONGS: ("base_index", "compensator_index", "shift", "partner"),
@@ -199,6 +214,7 @@ if __name__ == "__main__":
         *compose_batches(),
         *views(),
         *max_pools(),
+        *scales_and_shifts(),
     ]
     for form in forms:
         check(form, Path(os.environ["TRITON_CACHE_DIR"]))

@@ -5,5 +5,6 @@ from infer_fast.ops.bn_match import bn_match, bn_match_statistics
 from infer_fast.ops.compose import Quantised, compose
 from infer_fast.ops.max_pool import max_pool
 from infer_fast.ops.perturb import perturb_
+from infer_fast.ops.scale_shift import scale_shift
 
-__all__ = ["Quantised", "adam_", "bn_match", "bn_match_statistics", "compose", "max_pool", "perturb_"]
+__all__ = ["Quantised", "adam_", "bn_match", "bn_match_statistics", "compose", "max_pool", "perturb_", "scale_shift"]

@@ -30,6 +30,12 @@ __all__ = [
     "uncropped",
     "view",
 ]
+from infer_fast.ops.scale_shift import reference as scaled
+
+__all__ = [
+    "adam", "bn_match_backward", "bn_match_forward", "compose", "max_pool_backward", "max_pool_forward", "perturb",
+    "scale_shift",
+]  # fmt: skip
 
 NAMES = {number: name for name, number in ACTIVATION_NUMBERS.items()}
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)
@@ -133,3 +139,7 @@ def starts_of(y, window) -> tuple[torch.Tensor, torch.Tensor]:
     sides = zip(y.shape[2:], window.stride, window.padding, strict=True)
     rows, columns = (torch.arange(windows) * stride - padding for windows, stride, padding in sides)
     return rows.view(-1, 1), columns
+
+
+def scale_shift(x, scale, shift, residual, activation, y) -> None:
+    y.copy_(scaled(x, scale, shift, residual, NAMES[activation]))

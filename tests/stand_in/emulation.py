@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from infer_fast.kernels import adam, bn_match, compose, max_pool, perturb, view
+from infer_fast.kernels import adam, bn_match, compose, max_pool, perturb, scale_shift, view
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -37,6 +37,7 @@ LAUNCHERS: dict[tuple[ModuleType, str], Callable[..., None]] = {
     (view, "view"): arithmetic.view,
     (view, "sum_back"): arithmetic.sum_back,
     (view, "uncropped"): arithmetic.uncropped,
+    (scale_shift, "scale_shift"): arithmetic.scale_shift,
 }
 
 
