@@ -182,7 +182,7 @@ def test_a_part_of_a_set_is_its_first_base_images_and_teachers(parts):
 def test_dynamic_labels_are_the_teachers_averaged_logits(generator):
     networks = [build("convnet", 4, (8, 8), seed=seed).eval() for seed in (0, 1)]
     images = torch.randn(5, 3, 8, 8, generator=generator)
-    label = dynamic_labels([Teacher("convnet", n, 0.0, None, "") for n in networks], "float32")
+    label = dynamic_labels([Teacher("convnet", n, 0.0, None, "") for n in networks], "float32", (8, 8))
     torch.testing.assert_close(label(images), (networks[0](images) + networks[1](images)) / 2, atol=1e-5, rtol=1e-5)
 
 

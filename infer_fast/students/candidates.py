@@ -101,7 +101,8 @@ def candidates(evaluation: Evaluation, replayed: Path | None = None) -> list[Can
     """Everything that students are trained on; replayed: where the distilled set's labels of every crop are stored."""
     settings = evaluation.settings
     on_the_way = {"dynamic", "fkd"} & set(settings.labels)
-    label = dynamic_labels(evaluation.teachers, settings.precision) if on_the_way else None
+    size = evaluation.dataset.size
+    label = dynamic_labels(evaluation.teachers, settings.precision, size) if on_the_way else None
 
     @cache
     def plain(trained_on: str, soft: bool) -> Candidate:

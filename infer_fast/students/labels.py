@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from infer_fast.data import fkd
 from infer_fast.data.augment import Augmentation, Sampling, augmentation_of
@@ -18,6 +19,7 @@ from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import resident_distilled
 from infer_fast.errors import InferFastError
 from infer_fast.models.execution import at_precision, choose_precision
+from infer_fast.models.fold import folded
 from infer_fast.models.teacher import Teacher, device_of
 from infer_fast.models.train import predict
 from infer_fast.progress import stage
@@ -53,12 +55,15 @@ def _check(logits: torch.Tensor, name: str) -> None:
         )
 
 
-def dynamic_labels(teachers: Sequence[Teacher], precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def dynamic_labels(
+    teachers: Sequence[Teacher], precision: str, size: tuple[int, int]
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that labels a batch as a student sees it: the teachers' averaged logits, float32 (B, C).
 
-    The "dynamic" labels of INFER (arXiv 2408.06927, section 4.1): nothing is stored but the teachers.
+    The "dynamic" labels of INFER (arXiv 2408.06927, section 4.1): nothing is stored but the teachers. size: (H, W) of
+    the images. On CUDA the teachers' BatchNorms are folded; a CPU keeps the rounding of the figures that are published.
     """
-    networks = [copy.deepcopy(t.network).eval().to(memory_format=torch.channels_last) for t in teachers]
+    networks = [_labelling(t.network, size) for t in teachers]
     chosen = choose_precision(device_of(teachers), precision)
 
     @torch.no_grad()
@@ -67,6 +72,13 @@ def dynamic_labels(teachers: Sequence[Teacher], precision: str) -> Callable[[tor
             return sum(network(images).float() for network in networks) / len(networks)
 
     return label
+
+
+def _labelling(network: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """A copy of a teacher's network that only labels."""
+    if next(network.parameters()).device.type == "cuda":
+        return folded(network, size)
+    return copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
 
 
 def record_labels(
@@ -83,7 +95,7 @@ def record_labels(
     wanted = [e for e in range(settings.epochs) if not fkd.epoch_path(kept, e).is_file()]
     if not wanted:
         return kept
-    label, compose = dynamic_labels(teachers, settings.precision), Composer(resident)
+    label, compose = dynamic_labels(teachers, settings.precision, distilled.size), Composer(resident)
     per_epoch = -(-len(distilled) // settings.batch_size)
     with stage("relabel (FKD)", len(wanted), "epochs") as running:
         for epoch in wanted:

@@ -130,7 +130,7 @@ def test_a_captured_step_trains_as_an_eager_one(generator, optimizer, dynamic, l
     images = torch.randint(0, 256, (28, 3, 16, 16), generator=generator).to(torch.uint8)
     own = resident_split(Split(images, torch.arange(28) % 4), 4, Pixels((0.5,) * 3, (0.25,) * 3)).to(device)
     teacher = Teacher("convnet", build("convnet", 4, (16, 16), seed=1).eval().to(device), 0.0, None, "")
-    label = dynamic_labels([teacher], "float32") if dynamic else None
+    label = dynamic_labels([teacher], "float32", (16, 16)) if dynamic else None
     trained = []
     for engine in ("eager", "graph"):
         network = build("convnet-silu", 4, (16, 16), seed=0).to(device)

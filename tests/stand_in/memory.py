@@ -114,6 +114,19 @@ def check_each_adjusted_task_leaves_what_the_last_one_left():
         assert set(held) == {held[0]}, f"bytes after each task: {held}"
 
 
+def check_teachers_that_labelled_leave_nothing():
+    with without_collector():
+        resident = training.instances(soft=True, compensated=True).to(DEVICE)
+        teacher = training.build("resnet18", training.CLASSES, (training.SIZE,) * 2, seed=2).eval().to(DEVICE)
+        teachers, held = [Teacher("resnet18", teacher, 0.0, Path(), "")], []
+        for _ in range(3):
+            network = training.build("convnet", training.CLASSES, (training.SIZE,) * 2, seed=1).to(DEVICE)
+            training.weights(resident, network, training.ADAMW, training.PADDED, Execution(), teachers)
+            del network
+            held.append(torch.cuda.memory_allocated())
+        assert set(held[1:]) == {held[1]}, f"bytes after each: {held}"
+
+
 def check_a_trained_network_leaves_nothing():
     with without_collector():
         resident = training.instances(soft=True, compensated=True).to(DEVICE)

@@ -55,7 +55,7 @@ def weights(
     """All of a trained network's parameters and statistics, on its device."""
     sampling = Sampling(BATCH, schedule.updates, augmentation, torch.Generator().manual_seed(3))
     loss = soft_loss(4.0) if resident.soft else hard_loss
-    label = dynamic_labels(teachers, execution.precision) if teachers else None
+    label = dynamic_labels(teachers, execution.precision, (SIZE, SIZE)) if teachers else None
     training = Training(batches(resident, sampling), loss, Composer(resident, execution.forced_backend), label)
     fit(network, training, schedule, execution)
     return torch.cat([t.detach().float().flatten() for t in network.state_dict().values()])

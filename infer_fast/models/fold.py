@@ -1,0 +1,93 @@
+"""A teacher made for labelling: every BatchNorm2d folded into two vectors, everything else about it constant.
+
+A BatchNorm2d, the residual add after it and the activation after that become one scale_shift; convolutions have their
+weights cast once; nothing is there for a gradient.
+
+Folded into its convolution's weight and bias a BatchNorm would save nothing on a GPU: PyTorch adds a bias to what cuDNN
+convolves in a pass of its own. scale_shift is that pass, with the add and the activation in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from torch import fx, nn
+
+from infer_fast.errors import InferFastWarning
+from infer_fast.models.engine import release
+from infer_fast.models.execution import at_precision
+from infer_fast.models.frozen import freeze_convolutions
+from infer_fast.models.fuse import fuse
+from infer_fast.models.pool import freeze_pooling
+from infer_fast.ops import scale_shift
+from infer_fast.ops.bn_match import ACTIVATIONS
+
+PROBED, TOLERANCE = 4, 1e-3  # images, and what may lie between two ways in float32, of the largest logit
+
+
+class FoldedNorm(nn.Module):
+    """Takes the place of one eval-mode BatchNorm2d, of a residual add and an activation after it if there are such."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d, activation: str = "none"):
+        super().__init__()
+        assert norm.running_mean is not None and norm.running_var is not None  # folded() leaves others as they are
+        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight.double()
+        shift = -norm.running_mean.double() * scale
+        shift = shift if norm.bias is None else shift + norm.bias.double()
+        dtype = norm.running_var.dtype
+        self.register_buffer("scale", scale.detach().to(dtype))
+        self.register_buffer("shift", shift.detach().to(dtype))
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is not None and residual.shape != x.shape:  # an add that broadcasts stays an add
+            return ACTIVATIONS[self.activation](scale_shift(x, self.scale, self.shift) + residual)
+        return scale_shift(x, self.scale, self.shift, residual=residual, activation=self.activation)
+
+
+def folded(teacher: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """A channels_last, eval-mode copy of `teacher` that gives its logits, (B, 3, H, W) -> (B, C), and no gradient.
+
+    size: (H, W) of images, a few of which are passed through both: where their logits are not the same it is a plain
+    copy, and a warning says so. The caller's teacher is not touched.
+    """
+    plain = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network = copy.deepcopy(plain)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    if all(norm.running_mean is not None and norm.running_var is not None for norm in norms):
+        network = _without_circles(fuse(network, FoldedNorm))
+    network = freeze_pooling(freeze_convolutions(network))
+    if _agree(network, plain, size):
+        return network
+    warnings.warn(
+        f"The logits of {type(teacher).__name__} change where its BatchNorms are folded: it labels as it is, slower.",
+        InferFastWarning,
+        stacklevel=2,
+    )
+    return plain
+
+
+def _without_circles(network: nn.Module) -> nn.Module:
+    """The same, held by nothing but its user: torch leaves a tracer that knows it, and a graph that it is known to."""
+    if isinstance(network, fx.GraphModule):
+        network.delete_all_unused_submodules()
+        network.graph.owning_module = None
+    release()
+    return network
+
+
+@torch.no_grad()
+def _agree(network: nn.Module, plain: nn.Module, size: tuple[int, int]) -> bool:
+    """Whether both give the same logits, up to TOLERANCE."""
+    device = next(plain.parameters()).device
+    images = torch.randn(PROBED, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with at_precision(device, "float32"):
+        found, expected = network(images).float(), plain(images).float()
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
