@@ -16,25 +16,12 @@ from infer_fast.ops.bn_match_operator import ACTIVATION_NUMBERS
 from infer_fast.ops.compose import Quantised
 from infer_fast.ops.compose import reference as composed
 from infer_fast.ops.perturb import reference as perturb
+from infer_fast.ops.scale_shift import reference as scaled
 from infer_fast.synthesis.views import Views, _mapped, _maps, apply_view, circular_shift
 
 __all__ = [
-    "adam",
-    "bn_match_backward",
-    "bn_match_forward",
-    "compose",
-    "max_pool_backward",
-    "max_pool_forward",
-    "perturb",
-    "sum_back",
-    "uncropped",
-    "view",
-]
-from infer_fast.ops.scale_shift import reference as scaled
-
-__all__ = [
     "adam", "bn_match_backward", "bn_match_forward", "compose", "max_pool_backward", "max_pool_forward", "perturb",
-    "scale_shift",
+    "scale_shift", "sum_back", "uncropped", "view",
 ]  # fmt: skip
 
 NAMES = {number: name for name, number in ACTIVATION_NUMBERS.items()}
