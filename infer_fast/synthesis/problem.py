@@ -51,9 +51,15 @@ class Problem:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        """bounds: image mode keeps the images in the normalised range of [0,1] pixels; a compensator has none."""
+        """bounds: image mode keeps the images in the normalised range of [0,1] pixels; a compensator has none.
+
+        shares: float32 (L,) for each span, its part of the images; made here, so that no iteration fills them.
+        """
         images = self.settings.optimise == "images"
         self.bounds = pixels_of(self.settings).bounds(self.base.device) if images else None
+        lanes, count = self.base.shape[:2]
+        shares = [(span.stop - span.start) / count for span in self._spans()]
+        self.shares = [torch.full((lanes,), share, device=self.base.device) for share in shares]
 
     def start(self) -> torch.Tensor:
         """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W)."""
@@ -90,20 +96,34 @@ class Problem:
         """Each lane's loss, float32 (L,), and the gradient of what is optimised."""
         spans = self._spans()
         whole = self._statistics(optimised, view, spans) if len(spans) > 1 else None
+        prior_wanted = bool(self.settings.tv_l2 or self.settings.l2_scale)
+        if len(spans) == 1 and not prior_wanted:
+            return self._part(optimised, view, spans[0], None, self.shares[0])
         total = torch.zeros(len(optimised), device=optimised.device)
         gradient = torch.zeros_like(optimised)
-        for span in spans:
-            own = optimised.detach().requires_grad_(True)
-            share = (span.stop - span.start) / self.base.shape[1]
-            loss = self.loss(own, view, span, whole) * share
-            gradient += torch.autograd.grad(loss.sum(), own)[0]
-            total += loss.detach()
-        if self.settings.tv_l2 or self.settings.l2_scale:
+        for span, share in zip(spans, self.shares, strict=True):
+            loss, part = self._part(optimised, view, span, whole, share)
+            gradient += part
+            total += loss * share
+        if prior_wanted:
             own = optimised.detach().requires_grad_(True)
             prior = image_prior(self.seen(own, view), self.settings.tv_l2, self.settings.l2_scale)
             gradient += torch.autograd.grad(prior.sum(), own)[0]
             total += prior.detach()
         return total, gradient
+
+    def _part(
+        self,
+        optimised: torch.Tensor,
+        view: View,
+        span: slice,
+        whole: Sequence[Statistics] | None,
+        share: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each lane's loss over the images of `span`, float32 (L,), and the gradient of share (L,) times that."""
+        own = optimised.detach().requires_grad_(True)
+        loss = self.loss(own, view, span, whole)
+        return loss.detach(), torch.autograd.grad(loss, own, grad_outputs=share)[0]
 
     def _spans(self) -> list[slice]:
         count = self.base.shape[1]
