@@ -26,7 +26,7 @@ from bench import measure, published
 from infer_fast.models import build
 from infer_fast.models.engine import capture
 from infer_fast.models.execution import Execution, at_precision, processor_has_bfloat16
-from infer_fast.models.frozen import freeze_convolutions
+from infer_fast.models.frozen import freeze
 from infer_fast.recipes import INFER_TEACHERS, RECIPES, SynthesisSettings
 from infer_fast.synthesis import Views, draw_views
 from infer_fast.synthesis.plan import make_plan
@@ -306,7 +306,7 @@ def without_batch_norm(teacher: nn.Module) -> nn.Module:
                 strip(child)
 
     strip(network)
-    return freeze_convolutions(network)
+    return freeze(network)
 
 
 if __name__ == "__main__":

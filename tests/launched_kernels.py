@@ -20,7 +20,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from infer_fast.models import MatchedTeacher, build
-from infer_fast.models.frozen import FrozenConv2d
+from infer_fast.models.frozen import FrozenConv2d, FrozenLinear
 from infer_fast.models.surgery import MatchedBatchNorm
 
 TEACHERS = ("resnet18", "mobilenetv2", "efficientnet_b0", "shufflenet_g2")
@@ -62,6 +62,7 @@ if __name__ == "__main__":
     with (
         mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: launches.run(kernel, *args, **kwargs)),
         mock.patch.object(FrozenConv2d, "forward", convolve),
+        mock.patch.object(FrozenLinear, "forward", lambda layer, x: F.linear(x, layer.weight, layer.bias)),
         mock.patch("infer_fast.ops.bn_match.choose", lambda *_: "triton"),
         mock.patch("infer_fast.kernels.bn_match.multiprocessors", lambda _: MULTIPROCESSORS),
     ):

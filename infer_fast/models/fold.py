@@ -18,7 +18,7 @@ from torch import fx, nn
 from infer_fast.errors import InferFastWarning
 from infer_fast.models.engine import release
 from infer_fast.models.execution import at_precision
-from infer_fast.models.frozen import freeze_convolutions
+from infer_fast.models.frozen import freeze
 from infer_fast.models.fuse import fuse
 from infer_fast.models.pool import freeze_pooling
 from infer_fast.ops import scale_shift
@@ -62,7 +62,7 @@ def folded(teacher: nn.Module, size: tuple[int, int]) -> nn.Module:
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     if all(norm.running_mean is not None and norm.running_var is not None for norm in norms):
         network = _without_circles(fuse(network, FoldedNorm))
-    network = freeze_pooling(freeze_convolutions(network))
+    network = freeze_pooling(freeze(network))
     if _agree(network, plain, size):
         return network
     warnings.warn(

@@ -1,25 +1,24 @@
-"""A frozen teacher's convolutions: constant weights, which keep nothing of their input for backward."""
+"""A frozen teacher's convolutions and linear layers: constant weights, cast once, and no input kept for backward."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from infer_fast.ops.frozen_conv import frozen_conv2d
 
 
-class FrozenConv2d(nn.Module):
-    """Takes the place of a Conv2d whose weight is constant; under autocast the weight is cast once and kept."""
+class _Frozen(nn.Module):
+    """A layer whose weight is constant; under autocast the weight is cast once and kept."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, layer: nn.Conv2d | nn.Linear):
         super().__init__()
-        assert not isinstance(conv.padding, str)  # freeze_convolutions leaves those as they are
-        self.register_buffer("weight", conv.weight.detach())
-        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
-        self.rest = (_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
+        self.register_buffer("weight", layer.weight.detach())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
         self.cast: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -27,7 +26,11 @@ class FrozenConv2d(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         weight, bias = self._weights(dtype)
         with torch.autocast(kind, enabled=False):
-            return frozen_conv2d(x.to(dtype), weight, bias, *self.rest)
+            return self.apply_weights(x.to(dtype), weight, bias)
+
+    def apply_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer itself; all three have one dtype."""
+        raise NotImplementedError
 
     def cast_again(self) -> None:
         """After the weight has changed: what it was cast to follows, where it is."""
@@ -44,16 +47,35 @@ class FrozenConv2d(nn.Module):
         return self.cast[dtype]
 
 
+class FrozenConv2d(_Frozen):
+    """Takes the place of a Conv2d: keeps nothing of its input for backward."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv)
+        assert not isinstance(conv.padding, str)  # freeze leaves those as they are
+        self.rest = (_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
+
+    def apply_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return frozen_conv2d(x, weight, bias, *self.rest)
+
+
+class FrozenLinear(_Frozen):
+    """Takes the place of a Linear."""
+
+    def apply_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
     """Of a Conv2d, whose tuples have two numbers each: torch's types don't say so."""
     rows, columns = sizes
     return rows, columns
 
 
-def freeze_convolutions(network: nn.Module) -> nn.Module:
-    """Every plain Conv2d becomes a FrozenConv2d (string or non-zero padding modes stay as they are)."""
+def freeze(network: nn.Module) -> nn.Module:
+    """Every plain Conv2d and Linear becomes its frozen form (string or non-zero padding modes stay as they are)."""
     for name, child in network.named_children():
-        setattr(network, name, freeze_convolutions(child))
+        setattr(network, name, freeze(child))
     if type(network) is nn.Conv2d and network.padding_mode == "zeros" and not isinstance(network.padding, str):
         return FrozenConv2d(network)
-    return network
+    return FrozenLinear(network) if type(network) is nn.Linear else network

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError
-from infer_fast.models.frozen import FrozenConv2d, freeze_convolutions
+from infer_fast.models.frozen import FrozenConv2d, FrozenLinear, freeze
 from infer_fast.models.fuse import fuse
 from infer_fast.models.pool import freeze_pooling
 from infer_fast.ops import bn_match, bn_match_statistics
@@ -134,7 +134,7 @@ class MatchedTeacher(nn.Module):
             )
 
         self._weights = list(network.parameters())  # what convolutions and norms below share their memory with
-        self.network = freeze_pooling(freeze_convolutions(fuse(network, matched)), backend)
+        self.network = freeze_pooling(freeze(fuse(network, matched)), backend)
 
     @torch.no_grad()
     def take(self, teacher: nn.Module) -> None:
@@ -145,7 +145,7 @@ class MatchedTeacher(nn.Module):
         for own, given in zip(self._weights, teacher.parameters(), strict=True):
             own.copy_(given)
         for module in self.modules():
-            if isinstance(module, FrozenConv2d):
+            if isinstance(module, (FrozenConv2d, FrozenLinear)):
                 module.cast_again()
 
     def forward(

@@ -161,6 +161,27 @@ def test_frozen_convolutions_equal_torchs_and_keep_only_their_weight(generator):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_linear_layer_is_torchs_to_the_byte_and_its_kept_cast_follows_the_weight(generator, shape, bias):
+    from infer_fast.models.frozen import FrozenLinear
+
+    linear = nn.Linear(7, 4, bias=bias).requires_grad_(False)
+    frozen = FrozenLinear(linear)
+    x = torch.randn(shape, generator=generator).requires_grad_()
+    for precision in (torch.float32, torch.bfloat16, torch.bfloat16):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            ours, expected = frozen(x), linear(x)
+        upstream = torch.randn(ours.shape, generator=generator).to(ours.dtype)
+        gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (ours, expected)]
+        assert ours.dtype == expected.dtype == precision
+        assert torch.equal(ours, expected) and torch.equal(*gradients)
+        linear.weight.mul_(2)
+        frozen.cast_again()
+    (kept,) = frozen.cast.values()
+    assert torch.equal(kept[0], linear.weight.bfloat16())
+
+
 def test_a_resnet18_pass_keeps_little_but_its_batch_norm_inputs(generator):
     network = build("resnet18", 10, (32, 32), seed=0)
     x = torch.randn(8, 3, 32, 32, generator=generator).requires_grad_()
