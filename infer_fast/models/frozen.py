@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from infer_fast.models.average import GlobalAveragePool, is_one
 from infer_fast.ops.frozen_conv import frozen_conv2d
 
 
@@ -73,9 +74,14 @@ def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """Every plain Conv2d and Linear becomes its frozen form (string or non-zero padding modes stay as they are)."""
+    """Every plain Conv2d, Linear and AdaptiveAvgPool2d(1) becomes its frozen form.
+
+    Convolutions with string or non-zero padding modes stay as they are.
+    """
     for name, child in network.named_children():
         setattr(network, name, freeze(child))
     if type(network) is nn.Conv2d and network.padding_mode == "zeros" and not isinstance(network.padding, str):
         return FrozenConv2d(network)
+    if type(network) is nn.AdaptiveAvgPool2d and is_one(network.output_size):
+        return GlobalAveragePool()
     return FrozenLinear(network) if type(network) is nn.Linear else network

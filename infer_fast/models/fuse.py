@@ -12,6 +12,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from infer_fast.models.average import global_average, is_one
+
 MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 FUNCTIONS: dict[object, str] = {
     F.relu: "relu",
@@ -39,6 +41,8 @@ def fuse(network: nn.Module, matched: Matched) -> nn.Module:
         norm = _called(traced, node)
         if isinstance(norm, nn.BatchNorm2d):
             _fuse_node(traced, node, norm, matched)
+        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d and _pools_to_one(node):
+            node.target = global_average
     graph.eliminate_dead_code()
     graph.lint()
     traced.recompile()
@@ -50,6 +54,13 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.BatchNorm2d) or super().is_leaf_module(module, name)
+
+
+def _pools_to_one(node: fx.Node) -> bool:
+    """Whether a call of adaptive_avg_pool2d gives one pixel."""
+    if not node.args:  # the image is named, as global_average does not name it
+        return False
+    return is_one(node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size"))
 
 
 def _called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
