@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from infer_fast.kernels import adam, bn_match, bn_match_statistics, compose, max_pool, perturb, scale_shift, view
+from infer_fast.kernels import (
+    adam,
+    bn_match,
+    bn_match_statistics,
+    compose,
+    max_pool,
+    objective,
+    perturb,
+    scale_shift,
+    view,
+)
 from infer_fast.kernels.bn_match_plan import plan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -174,6 +184,16 @@ def views() -> Iterator[Form]:
         yield Form(view._uncropped, pointers, {}, {"ROWS": rows, "BLOCK": view.LINE}, view.WARPS)
 
 
+def objectives() -> Iterator[Form]:
+    floats = ("penalty", "rows", "sums", "loss", "upstream", "grad_penalty")
+    vectors = {f"{name}_ptr": FLOATS for name in floats} | {"targets_ptr": LONGS, "arrived_ptr": "*i32"}
+    for dtype in ("*bf16", FLOATS):
+        pointers = vectors | {"logits_ptr": dtype, "grad_logits_ptr": dtype}
+        sizes = {"BLOCK": objective.BLOCK}
+        yield Form(objective._lose, pointers, {"r_bn": "fp32"}, sizes | {"ROWS": objective.ROWS}, objective.WARPS)
+        yield Form(objective._slope, pointers, {"r_bn": "fp32"}, sizes, objective.WARPS)
+
+
 def check(form: Form, folder: Path) -> None:
     """Compiles a form; fails where an instruction that must be there is not, or registers are spilled."""
     fn = form.kernel
@@ -215,6 +235,7 @@ if __name__ == "__main__":
         *views(),
         *max_pools(),
         *scales_and_shifts(),
+        *objectives(),
     ]
     for form in forms:
         check(form, Path(os.environ["TRITON_CACHE_DIR"]))

@@ -4,7 +4,18 @@ from infer_fast.ops.adam import adam_
 from infer_fast.ops.bn_match import bn_match, bn_match_statistics
 from infer_fast.ops.compose import Quantised, compose
 from infer_fast.ops.max_pool import max_pool
+from infer_fast.ops.objective import lane_loss
 from infer_fast.ops.perturb import perturb_
 from infer_fast.ops.scale_shift import scale_shift
 
-__all__ = ["Quantised", "adam_", "bn_match", "bn_match_statistics", "compose", "max_pool", "perturb_", "scale_shift"]
+__all__ = [
+    "Quantised",
+    "adam_",
+    "bn_match",
+    "bn_match_statistics",
+    "compose",
+    "lane_loss",
+    "max_pool",
+    "perturb_",
+    "scale_shift",
+]
