@@ -26,7 +26,7 @@ from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 from infer_fast.models.execution import at_precision, dtype_of
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.ops import perturb_
+from infer_fast.ops import lane_loss, perturb_
 from infer_fast.ops.bn_match import Statistics, pooled
 from infer_fast.recipes import SynthesisSettings
 from infer_fast.synthesis.views import View, Views, apply_view, seen
@@ -53,13 +53,15 @@ class Problem:
     def __post_init__(self) -> None:
         """bounds: image mode keeps the images in the normalised range of [0,1] pixels; a compensator has none.
 
-        shares: float32 (L,) for each span, its part of the images; made here, so that no iteration fills them.
+        shares: float32 (L,) for each span, its part of the images; made here, so that no iteration fills them; arrived:
+        int32 (L,), the counters of lane_loss.
         """
         images = self.settings.optimise == "images"
         self.bounds = pixels_of(self.settings).bounds(self.base.device) if images else None
         lanes, count = self.base.shape[:2]
         shares = [(span.stop - span.start) / count for span in self._spans()]
         self.shares = [torch.full((lanes,), share, device=self.base.device) for share in shares]
+        self.arrived = torch.zeros(lanes, dtype=torch.int32, device=self.base.device)
 
     def start(self) -> torch.Tensor:
         """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W)."""
@@ -90,7 +92,7 @@ class Problem:
         images = self.seen(optimised, view, span, dtype_of(self.precision))
         with at_precision(images.device, self.precision):
             logits, penalty = self.teacher(images.flatten(0, 1), len(images), whole)
-        return lane_cross_entropy(logits, self.targets[span], len(images)) + self.settings.r_bn * penalty
+        return lane_loss(logits, self.targets[span], penalty, self.settings.r_bn, self.arrived)
 
     def loss_and_gradient(self, optimised: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         """Each lane's loss, float32 (L,), and the gradient of what is optimised."""
@@ -155,13 +157,6 @@ def image_prior(images: torch.Tensor, tv_l2: float, l2_scale: float) -> torch.Te
     variation = sum(torch.linalg.vector_norm(d.flatten(1), dim=1) for d in (right, down, falling, rising))
     size = torch.linalg.vector_norm(images.flatten(2), dim=2).mean(dim=1)
     return tv_l2 * variation + l2_scale * size
-
-
-def lane_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, lanes: int) -> torch.Tensor:
-    """Mean cross-entropy of each lane, at least float32, (lanes,); logits (lanes*C, classes), targets (C,)."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    each = F.cross_entropy(logits.to(wide), targets.repeat(lanes), reduction="none")
-    return each.view(lanes, -1).mean(dim=1)
 
 
 def pixels_of(settings: SynthesisSettings) -> Pixels:

@@ -15,13 +15,14 @@ from infer_fast.ops.bn_match import reference as bn_match
 from infer_fast.ops.bn_match_operator import ACTIVATION_NUMBERS
 from infer_fast.ops.compose import Quantised
 from infer_fast.ops.compose import reference as composed
+from infer_fast.ops.objective import reference as lane_loss
 from infer_fast.ops.perturb import reference as perturb
 from infer_fast.ops.scale_shift import reference as scaled
 from infer_fast.synthesis.views import Views, _mapped, _maps, apply_view, circular_shift
 
 __all__ = [
-    "adam", "bn_match_backward", "bn_match_forward", "compose", "max_pool_backward", "max_pool_forward", "perturb",
-    "scale_shift", "sum_back", "uncropped", "view",
+    "adam", "bn_match_backward", "bn_match_forward", "compose", "max_pool_backward", "max_pool_forward",
+    "objective_backward", "objective_forward", "perturb", "scale_shift", "sum_back", "uncropped", "view",
 ]  # fmt: skip
 
 NAMES = {number: name for name, number in ACTIVATION_NUMBERS.items()}
@@ -73,6 +74,20 @@ def bn_match_backward(
 
 def adam(optimised, m, v, gradient, lr, counter, bounds, betas, epsilon) -> None:
     stepped(optimised, m, v, gradient, lr, counter, bounds)
+
+
+def objective_forward(logits, targets, penalty, arrived, r_bn, outputs) -> None:
+    loss, sums = outputs
+    sums.copy_(logits.float().logsumexp(dim=1))
+    loss.copy_(lane_loss(logits, targets, penalty, r_bn))
+
+
+@torch.enable_grad()
+def objective_backward(upstream, logits, targets, sums, r_bn, outputs) -> None:
+    leaf, penalty = logits.detach().requires_grad_(True), torch.zeros_like(upstream).requires_grad_(True)
+    gradients = torch.autograd.grad(lane_loss(leaf, targets, penalty, r_bn), (leaf, penalty), upstream)
+    for output, gradient in zip(outputs, gradients, strict=True):
+        output.copy_(gradient)
 
 
 def compose(base, base_index, compensators, compensator_index, shift, flip, lam, partner, statistics, out) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from infer_fast.kernels import adam, bn_match, compose, max_pool, perturb, scale_shift, view
+from infer_fast.kernels import adam, bn_match, compose, max_pool, objective, perturb, scale_shift, view
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -33,6 +33,8 @@ LAUNCHERS: dict[tuple[ModuleType, str], Callable[..., None]] = {
     (compose, "compose"): arithmetic.compose,
     (max_pool, "forward"): arithmetic.max_pool_forward,
     (max_pool, "backward"): arithmetic.max_pool_backward,
+    (objective, "forward"): arithmetic.objective_forward,
+    (objective, "backward"): arithmetic.objective_backward,
     (perturb, "perturb"): arithmetic.perturb,
     (view, "view"): arithmetic.view,
     (view, "sum_back"): arithmetic.sum_back,
