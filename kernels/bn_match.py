@@ -113,21 +113,22 @@ def _forward(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*VECTORS, *STATISTICS])
 def _backward(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, grad_y_ptr, mask_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, grad_y_ptr, grad_y2_ptr, mask_ptr,
     mean_ptr, var_ptr, norms_ptr, grad_penalty_ptr, grad_x_ptr, grad_residual_ptr, channels, inners, size, steps, eps,
     count, r_var,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, MASK: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SECOND: tl.constexpr, MASK: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One pass: the gradients of x and of the residual.
 
-        g = act'(z) * grad_y,  grad_residual = g,  grad_x = g * weight / sqrt(running_var + eps) + a + b * d
+        g = act'(z) * (grad_y + grad_y2),  grad_residual = g,  grad_x = g * weight / sqrt(running_var + eps) + a + b * d
 
     d and z as in _forward, recomputed from x; a + b * d is the penalty's share (slope_of; the derivative of INFER's
     penalty, arXiv 2408.06927, eq. 5). Grid as in _forward, and so are the arguments but for these:
 
     residual_ptr       pointer, like x                read with RESIDUAL where act' needs z (silu)
     grad_y_ptr         pointer, like x
+    grad_y2_ptr        pointer, like x                read with SECOND: y was given twice
     mask_ptr           pointer, uint8 (mask_bytes,)   with MASK: the bits of act'(z), in place of z
     mean_ptr, var_ptr  pointers, float32 (L, C)       mean - running_mean and the biased variance
     norms_ptr          pointer, float32 (L, 2)        ||mean - running_mean||, ||var - running_var||
@@ -151,11 +152,15 @@ def _backward(
             inner = side + tl.arange(0, BLOCK)
             place, room = place_tile(start, stride, outer, inner, inners, size, VECTOR)
             inside = inner[None, :] < room[:, None]
-            d = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) - mean
-            g = tl.load(grad_y_ptr + place, mask=inside, other=0.0).to(tl.float32)
             if MASK:
                 bits = place_bits(across, lane, outer, side, channels, inners, size, BLOCK, VECTOR, ROWS)
-                g = tl.where(load_bits(mask_ptr, bits, room, side) != 0, g, 0.0)
+                passed = load_bits(mask_ptr, bits, room, side) != 0
+            d = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) - mean
+            g = tl.load(grad_y_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            if SECOND:
+                g += tl.load(grad_y2_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            if MASK:
+                g = tl.where(passed, g, 0.0)
             elif ACTIVATION != NONE:
                 z = d * scale + shift
                 if RESIDUAL:
@@ -200,6 +205,7 @@ def forward(
 
 def backward(
     grad_y: torch.Tensor,
+    grad_y2: torch.Tensor | None,
     grad_penalty: torch.Tensor,
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -217,16 +223,20 @@ def backward(
     r_var: float,
     outputs: tuple[torch.Tensor, torch.Tensor | None],
 ) -> None:
-    """Fills outputs = (grad_x, grad_residual or None); grad_y has x's layout; residual is needed for SiLU alone."""
+    """Fills outputs = (grad_x, grad_residual or None); residual is needed for SiLU alone.
+
+    grad_y, grad_y2: like x, of y and of y given a second time; None where that was not so.
+    """
     grad_x, grad_residual = outputs
     channels, cut = x.shape[1], _plan(x, lanes)
     masked = mask.numel() > 0
     _backward[cut.grid](
         x, _or(residual, x), _or(weight, running_mean), _or(bias, running_mean), running_mean, running_var, grad_y,
-        mask, mean, var, norms, grad_penalty, grad_x, _or(grad_residual, grad_x), *_sizes(channels, cut), float(eps),
-        float(cut.size // channels), float(r_var),
+        _or(grad_y2, grad_y), mask, mean, var, norms, grad_penalty, grad_x, _or(grad_residual, grad_x),
+        *_sizes(channels, cut), float(eps), float(cut.size // channels), float(r_var),
         ACTIVATION=int(NONE) if masked else activation,
         RESIDUAL=grad_residual is not None,
+        SECOND=grad_y2 is not None,
         MASK=masked,
         WEIGHT=weight is not None,
         BIAS=bias is not None,

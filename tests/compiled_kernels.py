@@ -43,6 +43,7 @@ NARROW = {  # what moves one element of a tensor at a time
 SINGLE_BYTES = ("ld.global.b8", "st.global.b8")
 MULTIPROCESSORS = 132
 FLOATS, BYTES, LONGS = "*fp32", "*u8", "*i64"
+TENSORS = ("x", "residual", "y", "grad_y", "grad_y2", "grad_x", "grad_residual")  # bn_match's, all of one type
 
 
 class Form(NamedTuple):
@@ -73,7 +74,7 @@ def bn_match_passes() -> Iterator[Form]:
         ("*bf16", True, 1, True, 67, 45),  # no whole vectors
         ("*fp32", False, 3, True, 67, 49),
     ]:  # fmt: skip
-        tensors = {f"{name}_ptr": dtype for name in ("x", "residual", "y", "grad_y", "grad_x", "grad_residual")}
+        tensors = {f"{name}_ptr": dtype for name in TENSORS}
         cut = plan(100, channels, plane, rows, 1, 4 if dtype == "*fp32" else 2, MULTIPROCESSORS)
         constants = {
             "ACTIVATION": activation,
@@ -86,10 +87,12 @@ def bn_match_passes() -> Iterator[Form]:
             "BLOCK": cut.block,
             "TILE": cut.tile,
         }
-        for kernel in (bn_match._forward, bn_match._backward):
-            pointers = tensors | vectors | {"mask_ptr": BYTES, "arrived_ptr": "*i32"}
-            wide, narrow = ((LOADS, STORES), NARROW[dtype]) if cut.vector > 1 else ((), ())
-            yield Form(kernel, pointers, numbers, constants, cut.warps, wide, narrow)
+        pointers = tensors | vectors | {"mask_ptr": BYTES, "arrived_ptr": "*i32"}
+        wide, narrow = ((LOADS, STORES), NARROW[dtype]) if cut.vector > 1 else ((), ())
+        yield Form(bn_match._forward, pointers, numbers, constants, cut.warps, wide, narrow)
+        for second in (False, True):
+            given = constants | {"SECOND": second}
+            yield Form(bn_match._backward, pointers, numbers, given, cut.warps, wide, narrow)
 
 
 def bn_match_sums() -> Iterator[Form]:

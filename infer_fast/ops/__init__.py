@@ -1,7 +1,7 @@
 """The fused operations of dataset distillation, each with a plain PyTorch reference and faster backends."""
 
 from infer_fast.ops.adam import adam_
-from infer_fast.ops.bn_match import bn_match, bn_match_statistics
+from infer_fast.ops.bn_match import bn_match, bn_match_statistics, bn_match_twice
 from infer_fast.ops.compose import Quantised, compose
 from infer_fast.ops.max_pool import max_pool
 from infer_fast.ops.objective import lane_loss
@@ -13,6 +13,7 @@ __all__ = [
     "adam_",
     "bn_match",
     "bn_match_statistics",
+    "bn_match_twice",
     "compose",
     "lane_loss",
     "max_pool",

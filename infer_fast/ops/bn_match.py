@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
 from infer_fast.ops.backend import choose
-from infer_fast.ops.bn_match_operator import apply_operator, dense_format, is_channels_last
+from infer_fast.ops.bn_match_operator import apply_operator, apply_operator_twice, dense_format, is_channels_last
 
 DTYPES = {
     "native": (torch.float32, torch.bfloat16),
@@ -125,10 +125,37 @@ def bn_match(
     Returns y, with x's shape, dtype and layout, and penalty, (lanes,) float32 (float64 for float64 input).
     Raises InferFastError for shapes or an activation that don't fit, or a forced backend that can't serve.
     """
-    y, penalty, _ = _match(
-        x, weight, bias, running_mean, running_var, eps, residual, activation, lanes, r_var, whole, backend
+    y, _, penalty, _ = _match(
+        x, weight, bias, running_mean, running_var, eps, residual, activation, lanes, r_var, whole, False, backend
     )
     return y, penalty
+
+
+def bn_match_twice(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    lanes: int = 1,
+    r_var: float = 1.0,
+    whole: Statistics | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """bn_match's y, y once more, and the penalty. Arguments and errors as bn_match's.
+
+    For a y that two operations take, one each: triton's backward adds their gradients while it reads them, which else
+    is a pass over memory of autograd's own. The other backends have their sum made first, so nothing changes there.
+    The two share their memory, so neither must be changed in place.
+    """
+    y, y2, penalty, _ = _match(
+        x, weight, bias, running_mean, running_var, eps, residual, activation, lanes, r_var, whole, True, backend
+    )
+    return y, y2, penalty
 
 
 def bn_match_statistics(
@@ -145,7 +172,9 @@ def bn_match_statistics(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, Statistics]:
     """bn_match's y, and x's own statistics in place of the penalty. Arguments and errors as bn_match's."""
-    y, _, own = _match(x, weight, bias, running_mean, running_var, eps, residual, activation, lanes, 1.0, None, backend)
+    y, _, _, own = _match(
+        x, weight, bias, running_mean, running_var, eps, residual, activation, lanes, 1.0, None, False, backend
+    )
     return y, own
 
 
@@ -161,13 +190,15 @@ def _match(
     lanes: int,
     r_var: float,
     whole: Statistics | None,
+    twice: bool,
     backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, Statistics]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Statistics]:
+    """y, y once more if that is wanted (else the same tensor), penalty and x's own statistics."""
     _check(x, running_mean, running_var, residual, activation, lanes)
     chosen = choose("bn_match", x, backend, DTYPES)
     trained = any(t is not None and t.requires_grad for t in (weight, bias))
     if chosen == "reference" or x.numel() == 0 or (trained and torch.is_grad_enabled()):
-        return reference(
+        y, penalty, own = reference(
             x,
             weight,
             bias,
@@ -180,16 +211,19 @@ def _match(
             r_var=r_var,
             whole=whole,
         )
+        return y, y, penalty, own
     x = x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=dense_format(x))
     vectors = [_float32(v) for v in (weight, bias, running_mean, running_var)]
     both = (None, None) if whole is None else whole
-    y, penalty, mean, var, *_ = apply_operator(x, residual, *vectors, *both, eps, activation, lanes, r_var, chosen)
+    inputs = (x, residual, *vectors, *both, eps, activation, lanes, r_var, chosen)
+    y2, outputs = apply_operator_twice(*inputs) if twice else (None, apply_operator(*inputs))
+    y, penalty, mean, var, *_ = outputs
     if whole is not None:
         value = penalty_of(whole, running_var, r_var)
         penalty = penalty + (value - penalty).detach()
-    return y, penalty, Statistics(mean, var)
+    return y, y if y2 is None else y2, penalty, Statistics(mean, var)
 
 
 def _float32(vector: torch.Tensor | None) -> torch.Tensor | None:

@@ -75,6 +75,7 @@ def _empty_outputs(
 
 def _run_backward(
     grad_y: torch.Tensor,
+    grad_y2: torch.Tensor | None,
     grad_penalty: torch.Tensor,
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -93,8 +94,13 @@ def _run_backward(
     backend: str,
     has_residual: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of x and (empty without one) of the residual: native or triton."""
-    grad_y, grad_penalty = grad_y.to(x.dtype).contiguous(memory_format=dense_format(x)), grad_penalty.contiguous()
+    """The gradients of x and (empty without one) of the residual: native or triton.
+
+    grad_y2: that of y given a second time, or None. triton adds it while it reads; native is given the sum.
+    """
+    if grad_y2 is not None and backend == "native":
+        grad_y, grad_y2 = grad_y + grad_y2, None
+    grad_y, grad_penalty = _dense(grad_y, x), grad_penalty.contiguous()
     grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if has_residual else x.new_empty(0)
     outputs = grad_x, grad_residual if has_residual else None
     parameters = (x, residual, weight, bias, running_mean, running_var, mean, var)
@@ -102,7 +108,8 @@ def _run_backward(
         from infer_fast.kernels import bn_match as kernels
 
         kind = ACTIVATION_NUMBERS[activation]
-        kernels.backward(grad_y, grad_penalty, *parameters, norms, mask, eps, kind, lanes, r_var, outputs)
+        grads = (grad_y, None if grad_y2 is None else _dense(grad_y2, x), grad_penalty)
+        kernels.backward(*grads, *parameters, norms, mask, eps, kind, lanes, r_var, outputs)
         return grad_x, grad_residual
     tensors = (*parameters, _mask_or_none(mask), grad_y, grad_penalty, *outputs)
     compiled().bn_match_backward(*_native_arguments(tensors, x, eps, r_var, lanes, activation))
@@ -111,6 +118,7 @@ def _run_backward(
 
 def _empty_gradients(
     grad_y: torch.Tensor,
+    grad_y2: torch.Tensor | None,
     grad_penalty: torch.Tensor,
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -150,12 +158,14 @@ def _gradients(
     ctx: Any,
     grad_y: torch.Tensor | None,
     grad_penalty: torch.Tensor | None,
+    grad_y2: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """What autograd takes for the forward's inputs; a gradient that did not come is zero."""
     saved, (_, _, lanes, *_, has_residual) = ctx.saved_tensors, ctx.rest
-    grad_y = torch.zeros_like(saved[0]) if grad_y is None else grad_y
+    if grad_y is None:
+        grad_y, grad_y2 = torch.zeros_like(saved[0]) if grad_y2 is None else grad_y2, None
     grad_penalty = saved[0].new_zeros(lanes, dtype=torch.float32) if grad_penalty is None else grad_penalty
-    grad_x, grad_residual = backward(grad_y, grad_penalty, *saved, *ctx.rest)
+    grad_x, grad_residual = backward(grad_y, grad_y2, grad_penalty, *saved, *ctx.rest)
     return grad_x, grad_residual if has_residual else None, *[None] * 11
 
 
@@ -173,9 +183,9 @@ _backward = torch.library.custom_op(
     "infer_fast::bn_match_backward",
     _run_backward,
     mutates_args=(),
-    schema="(Tensor grad_y, Tensor grad_penalty, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor norms, Tensor mask, float eps, "
-    "str activation, int lanes, float r_var, str backend, bool has_residual) -> (Tensor, Tensor)",
+    schema="(Tensor grad_y, Tensor? grad_y2, Tensor grad_penalty, Tensor x, Tensor? residual, Tensor? weight, "
+    "Tensor? bias, Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor norms, Tensor mask, "
+    "float eps, str activation, int lanes, float r_var, str backend, bool has_residual) -> (Tensor, Tensor)",
 )
 _backward.register_fake(_empty_gradients)
 
@@ -205,10 +215,44 @@ class _Eager(torch.autograd.Function):
         return _gradients(_run_backward, ctx, grad_y, grad_penalty)
 
 
+class _Twice(torch.autograd.Function):
+    """The same node that gives y once more, as a view: its two gradients come apart, and one backward takes both.
+
+    An operator must not return a view of its output, so the node is around it; in eager mode, in its place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        ctx.plain = _eager(inputs[0])
+        outputs = (_run_forward if ctx.plain else _forward)(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return *outputs, outputs[0].view_as(outputs[0])
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: torch.Tensor | None, grad_penalty: torch.Tensor | None, *rest: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return _gradients(_run_backward if ctx.plain else _backward, ctx, grad_y, grad_penalty, rest[-1])
+
+
+def _eager(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def apply_operator(x: torch.Tensor, *rest: Any) -> Outputs:
     """The operator; in eager mode without the dispatcher. Arguments as _run_forward's."""
-    eager = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-    return _Eager.apply(x, *rest) if eager else _forward(x, *rest)
+    return _Eager.apply(x, *rest) if _eager(x) else _forward(x, *rest)
+
+
+def apply_operator_twice(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, Outputs]:
+    """(y once more, what apply_operator gives): the same memory, but each y has a gradient of its own."""
+    *outputs, y2 = _Twice.apply(x, *rest)
+    return y2, tuple(outputs)
+
+
+def _dense(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """grad in x's dtype and layout."""
+    return grad.to(x.dtype).contiguous(memory_format=dense_format(x))
 
 
 def _mask_or_none(mask: torch.Tensor) -> torch.Tensor | None:

@@ -204,11 +204,10 @@ def test_registered_operators_pass_opcheck(generator, where, activation, with_wh
         torch.library.opcheck(_forward, inputs)
         y, penalty, *statistics = _forward(*inputs)
         kept = residual.detach() if residual is not None and activation == "silu" else None
-        torch.library.opcheck(
-            _backward,
-            (torch.ones_like(y.detach()), torch.ones_like(penalty.detach()), x, kept, *vectors, *statistics, 1e-5,
-             activation, 2, 3.0, backend, residual is not None),
-        )  # fmt: skip
+        ones, penalty_ones = torch.ones_like(y.detach()), torch.ones_like(penalty.detach())
+        for grads in ((ones, None, penalty_ones), (ones, ones.clone(), penalty_ones)):
+            given = (*grads, x, kept, *vectors, *statistics, 1e-5, activation, 2, 3.0, backend, residual is not None)
+            torch.library.opcheck(_backward, given)
 
 
 @pytest.mark.slow

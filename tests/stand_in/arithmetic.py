@@ -51,7 +51,7 @@ def bn_match_forward(
 
 @torch.enable_grad()
 def bn_match_backward(
-    grad_y, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, norms, mask, eps,
+    grad_y, grad_y2, grad_penalty, x, residual, weight, bias, running_mean, running_var, mean, var, norms, mask, eps,
     activation, lanes, r_var, outputs,
 ) -> None:  # fmt: skip
     grad_x, grad_residual = outputs
@@ -60,7 +60,7 @@ def bn_match_backward(
         leaf, weight, bias, running_mean, running_var, eps, residual=residual, lanes=lanes, r_var=r_var,
         whole=Statistics(mean, var),
     )  # fmt: skip
-    grad = grad_y.float()
+    grad = grad_y.float() if grad_y2 is None else grad_y.float() + grad_y2.float()
     if mask.numel():
         bits = (mask[:, None] & BITS) > 0
         grad = grad * bits.flatten()[: x.numel()].view(x.shape)
