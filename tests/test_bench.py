@@ -257,3 +257,30 @@ def test_the_bytes_of_a_tiny_network_are_those_counted_by_hand():
     assert by_name["aten.convolution_backward.default"].operations == 2 * 3 * 8 * 5 * 16
     slow = roofline.Kernel("", 2, int(roofline.MEMORY), int(roofline.MATRIX // 2))
     assert slow.seconds == pytest.approx(1 + 2 * roofline.LAUNCH)
+
+
+class Junction(nn.Module):
+    """A 1x1 convolution and a BatchNorm, whose result two convolutions take."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.left, self.right = (nn.Conv2d(8, 8, 1, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        z = self.norm(self.first(x))
+        return self.left(z) + self.right(z)
+
+
+def test_a_second_gradient_is_read_by_bn_match_and_added_by_nobody_else():
+    """5 images of 4x4 in float32."""
+    matched = MatchedTeacher(Junction().eval(), backend="native")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(5, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+        upstream = torch.empty(5, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+        kernels = roofline.record(lambda: torch.autograd.grad(matched(x)[0], x, upstream))
+    outside, vector = 4 * 5 * 8 * 16, 4 * 8
+    assert sum(k.name.startswith("aten.add") for k in kernels) == 1  # the network's own, forward
+    (backward,) = [k for k in kernels if k.name == "infer_fast.bn_match_backward.default"]
+    assert backward.launches == 1
+    assert backward.moved == 2 * outside + 4 + outside + 6 * vector + 8 + outside  # else as counted above

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from infer_fast.models.average import global_average, is_one
+from infer_fast.models.junction import give_twice
 
 MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 FUNCTIONS: dict[object, str] = {
@@ -25,11 +26,14 @@ FUNCTIONS: dict[object, str] = {
 METHODS: dict[object, str] = {"relu": "relu", "relu_": "relu"}
 ADDS: set[object] = {operator.add, operator.iadd, torch.add}
 
-Matched = Callable[[nn.BatchNorm2d, str], nn.Module]  # what takes the place of a norm and the activation after it
+Matched = Callable[[nn.BatchNorm2d, str], nn.Module]
 
 
-def fuse(network: nn.Module, matched: Matched) -> nn.Module:
-    """Puts matched(norm, activation) in the place of every BatchNorm2d and what can be fused with it."""
+def fuse(network: nn.Module, matched: Matched, *, twice: bool = False) -> nn.Module:
+    """Puts matched(norm, activation) in the place of every BatchNorm2d and what can be fused with it.
+
+    twice: at junctions these modules are called with twice=True, and give their result two times.
+    """
     if isinstance(network, nn.BatchNorm2d):
         return _without_graph(network, matched)
     try:
@@ -37,11 +41,13 @@ def fuse(network: nn.Module, matched: Matched) -> nn.Module:
     except Exception:  # control flow that depends on data: fx raises whatever the network's code raised
         return _walk(network, matched)
     traced = fx.GraphModule(network, graph)
-    for node in list(graph.nodes):
-        norm = _called(traced, node)
-        if isinstance(norm, nn.BatchNorm2d):
-            _fuse_node(traced, node, norm, matched)
-        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d and _pools_to_one(node):
+    nodes = list(graph.nodes)
+    norms = [(node, norm) for node in nodes if isinstance(norm := _called(traced, node), nn.BatchNorm2d)]
+    calls = [_fuse_node(traced, node, norm, matched) for node, norm in norms]
+    if twice:
+        give_twice(traced, [call for call in calls if not isinstance(_called(traced, call), nn.Sequential)])
+    for node in nodes:
+        if node.op == "call_function" and node.target is F.adaptive_avg_pool2d and _pools_to_one(node):
             node.target = global_average
     graph.eliminate_dead_code()
     graph.lint()
@@ -71,8 +77,11 @@ def _called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(node.target)
 
 
-def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, matched: Matched) -> None:
-    """Replaces a BatchNorm call, and the add and activation after it, by one call at the place of the last of them."""
+def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, matched: Matched) -> fx.Node:
+    """Replaces a BatchNorm call, and the add and activation after it, by one call at the place of the last of them.
+
+    The new call is returned.
+    """
     last, residual = node, None
     if hasattr(norm, "act"):
         module = _without_graph(norm, matched)
@@ -92,6 +101,7 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, matc
     last.replace_all_uses_with(call)
     for used in dict.fromkeys((last, *_between(last, node))):
         traced.graph.erase_node(used)
+    return call
 
 
 def _between(last: fx.Node, node: fx.Node) -> list[fx.Node]:

@@ -16,7 +16,7 @@ from infer_fast.errors import InferFastError
 from infer_fast.models.frozen import FrozenConv2d, FrozenLinear, freeze
 from infer_fast.models.fuse import fuse
 from infer_fast.models.pool import freeze_pooling
-from infer_fast.ops import bn_match, bn_match_statistics
+from infer_fast.ops import bn_match, bn_match_statistics, bn_match_twice
 from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
 
 
@@ -74,7 +74,11 @@ class MatchedBatchNorm(nn.Module):
         self.eps, self.shared, self.activation = norm.eps, shared, activation
         self.match_weight, self.r_var, self.backend = match_weight, r_var, backend
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, twice: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The result, with x's shape unless `residual` broadcasts; two of it with `twice` (see bn_match_twice)."""
+        again: list[torch.Tensor] = []
         fused = residual is None or residual.shape == x.shape  # an add that broadcasts stays an add
         added, activation = (residual, self.activation) if fused else (None, "none")
         batch_norm = (x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
@@ -85,7 +89,7 @@ class MatchedBatchNorm(nn.Module):
             )
             self.shared.statistics.append(statistics)
         else:
-            y, penalty = bn_match(
+            y, *again, penalty = (bn_match_twice if twice else bn_match)(
                 *batch_norm,
                 residual=added,
                 activation=activation,
@@ -96,7 +100,9 @@ class MatchedBatchNorm(nn.Module):
             )
             if self.match_weight:
                 self.shared.penalties.append(penalty if self.match_weight == 1 else self.match_weight * penalty)
-        return y if fused or residual is None else ACTIVATIONS[self.activation](y + residual)
+        if residual is not None and not fused:
+            y, again = ACTIVATIONS[self.activation](y + residual), []
+        return (y, again[0] if again else y) if twice else y
 
 
 class MatchedTeacher(nn.Module):
@@ -134,7 +140,7 @@ class MatchedTeacher(nn.Module):
             )
 
         self._weights = list(network.parameters())  # what convolutions and norms below share their memory with
-        self.network = freeze_pooling(freeze(fuse(network, matched)), backend)
+        self.network = freeze_pooling(freeze(fuse(network, matched, twice=True)), backend)
 
     @torch.no_grad()
     def take(self, teacher: nn.Module) -> None:

@@ -27,7 +27,7 @@ MOST = {
     "launches of Triton": 64,
     "variants of _forward": 6,  # compiled before the capture
     "variants of _finish": 1,
-    "variants of _backward": 6,
+    "variants of _backward": 8,
     "variants of _view": 1,
     "variants of _sum_back": 1,
     "variants of _look": 1,
