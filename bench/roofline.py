@@ -32,7 +32,7 @@ from bench import measure
 from infer_fast.models import build
 from infer_fast.models.pool import FrozenMaxPool2d
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.ops import adam, bn_match_operator, view
+from infer_fast.ops import adam, bn_match_operator, objective, view
 from infer_fast.ops.max_pool import _backward as unpool
 from infer_fast.ops.max_pool import _forward as pool
 from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
@@ -53,6 +53,8 @@ OURS: dict[str, Callable[..., Any]] = {  # what runs in place of a registered op
     "infer_fast.adam_.default": lambda backend, **given: adam._adam._init_fn(**given),
     "infer_fast.view.default": lambda backend, **given: view._view._init_fn(**given),
     "infer_fast.view_backward.default": lambda backend, **given: view._view_backward._init_fn(**given),
+    "infer_fast.lane_loss.default": lambda backend, **given: objective._lose._init_fn(**given),
+    "infer_fast.lane_loss_backward.default": lambda backend, **given: objective._slope._init_fn(**given),
     "infer_fast.max_pool.default": lambda backend, **given: pool._init_fn(**given),
     "infer_fast.max_pool_backward.default": lambda backend, **given: unpool._init_fn(**given),
 }
@@ -123,9 +125,19 @@ def iteration(teacher: nn.Module, classes: int, size: int) -> list[Kernel]:
         base = torch.empty(1, classes, 3, size, size)
         problem = Problem(matched, base, torch.arange(classes), settings, "bfloat16")
         state = start_state(problem, views)
-        with mock.patch("infer_fast.synthesis.views.serves", lambda *_: True):  # as on a GPU
+        with as_on_a_gpu():
             iterate(problem, state)
             return record(lambda: iterate(problem, state, _adam))
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Views and losses come of our operators inside, whatever the device."""
+    with (
+        mock.patch("infer_fast.synthesis.views.serves", lambda *_: True),
+        mock.patch("infer_fast.ops.objective.choose", lambda *_: "triton"),
+    ):
+        yield
 
 
 def _adam(*tensors: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor] | None) -> None:
@@ -215,7 +227,8 @@ def counted_launches() -> Iterator[list[str]]:
     """The names of our kernels as they are launched inside, none of which runs."""
     import infer_fast.kernels.adam
     import infer_fast.kernels.bn_match
-    import infer_fast.kernels.max_pool  # Triton is imported where it is used
+    import infer_fast.kernels.max_pool
+    import infer_fast.kernels.objective
     import infer_fast.kernels.view  # noqa: F401  # Triton is imported where it is used
 
     launches: list[str] = []

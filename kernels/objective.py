@@ -25,7 +25,7 @@ def _lose(
     Grid: (rows of a lane; lanes).
 
     logits_ptr        pointer, float32, bfloat16 or float16 (L*C, K)
-    targets_ptr       pointer, int64 (C,)
+    targets_ptr       pointer, int64 (C,)       a class that there is not makes the loss NaN
     penalty_ptr       pointer, float32 (L,)
     rows_ptr          pointer, float32 (L*C,)   scratch: each row's cross-entropy
     sums_ptr          pointer, float32 (L*C,)   out: log sum_k exp(x_k)
@@ -48,7 +48,8 @@ def _lose(
         total = total * tl.exp(largest - around) + tl.sum(tl.exp(x - around))  # NaN stays
         largest = above
     whole = tl.where(largest == float("-inf"), 0.0, largest) + tl.log(total)
-    own = tl.load(row_ptr + tl.load(targets_ptr + image)).to(tl.float32)
+    target = tl.load(targets_ptr + image)
+    own = tl.load(row_ptr + target, mask=(target >= 0) & (target < classes), other=float("nan")).to(tl.float32)
     tl.store(sums_ptr + row, whole)
     tl.store(rows_ptr + row, whole - own)
     tl.debug_barrier()  # all threads have stored before one of them says so

@@ -30,9 +30,49 @@ def reference(logits: torch.Tensor, targets: torch.Tensor, penalty: torch.Tensor
     return each.view(lanes, -1).mean(dim=1) + r_bn * penalty
 
 
-class _LaneLoss(torch.autograd.Function):
-    """The triton backend."""
+@torch.library.custom_op(
+    "infer_fast::lane_loss",
+    mutates_args=("arrived",),
+    schema="(Tensor logits, Tensor targets, Tensor penalty, Tensor(a!) arrived, float r_bn) -> (Tensor, Tensor)",
+)
+def _lose(
+    logits: torch.Tensor, targets: torch.Tensor, penalty: torch.Tensor, arrived: torch.Tensor, r_bn: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The triton backend: losses (L,) and log sum_k exp(x_k) of each row, (L*C,), both float32."""
+    from infer_fast.kernels import objective as kernels
 
+    outputs = _empty_losses(logits, targets, penalty, arrived, r_bn)
+    kernels.forward(logits, targets, penalty, arrived, r_bn, outputs)
+    return outputs
+
+
+@_lose.register_fake
+def _empty_losses(
+    logits: torch.Tensor, targets: torch.Tensor, penalty: torch.Tensor, arrived: torch.Tensor, r_bn: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(penalty), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@torch.library.custom_op("infer_fast::lane_loss_backward", mutates_args=())
+def _slope(
+    upstream: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, sums: torch.Tensor, r_bn: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The triton backend: the gradients of logits and of the penalty."""
+    from infer_fast.kernels import objective as kernels
+
+    outputs = _empty_slopes(upstream, logits, targets, sums, r_bn)
+    kernels.backward(upstream, logits, targets, sums, r_bn, outputs)
+    return outputs
+
+
+@_slope.register_fake
+def _empty_slopes(
+    upstream: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, sums: torch.Tensor, r_bn: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(logits), torch.empty_like(upstream)
+
+
+class _LaneLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -42,23 +82,16 @@ class _LaneLoss(torch.autograd.Function):
         r_bn: float,
         arrived: torch.Tensor,
     ) -> torch.Tensor:
-        from infer_fast.kernels import objective as kernels
-
         logits, targets = logits.contiguous(), targets.contiguous()
-        loss, sums = torch.empty_like(penalty), logits.new_empty(len(logits), dtype=torch.float32)
-        kernels.forward(logits, targets, penalty.contiguous(), arrived, r_bn, (loss, sums))
+        loss, sums = _lose(logits, targets, penalty.contiguous(), arrived, r_bn)
         ctx.save_for_backward(logits, targets, sums)
         ctx.r_bn = r_bn
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from infer_fast.kernels import objective as kernels
-
-        logits, targets, sums = ctx.saved_tensors
-        outputs = torch.empty_like(logits), torch.empty_like(upstream)
-        kernels.backward(upstream.contiguous(), logits, targets, sums, ctx.r_bn, outputs)
-        return outputs[0], None, outputs[1], None, None
+        grad_logits, grad_penalty = _slope(upstream.contiguous(), *ctx.saved_tensors, ctx.r_bn)
+        return grad_logits, None, grad_penalty, None, None
 
 
 def lane_loss(
@@ -72,7 +105,7 @@ def lane_loss(
 ) -> torch.Tensor:
     """Each lane's loss, at least float32, (L,); a logit that is not finite gives a loss that is not.
 
-    logits: (L*C, classes), the images of one lane side by side; targets: int64 (C,), below classes; penalty: float32
+    logits: (L*C, classes), the images of one lane side by side; targets: int64 (C,), 0 to classes - 1; penalty: float32
     (L,); arrived: int32 zeros (L,) on the device, which are zeros again after. Gradients flow to logits and penalty.
     Raises InferFastError for shapes that don't fit, or a forced backend that can't serve.
     """

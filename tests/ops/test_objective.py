@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
-from infer_fast.ops.objective import lane_loss
+from infer_fast.ops.objective import _lose, _slope, lane_loss
 
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
@@ -72,3 +72,21 @@ def test_shapes_that_do_not_fit_are_named(generator):
     logits, targets, penalty, _ = problem(generator, 2, 3, 4)
     with pytest.raises(InferFastError, match=r"\(5, 4\)"):
         lane_loss(logits[:5], targets, penalty, R_BN, torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.interpreter
+def test_a_class_that_is_not_there_makes_the_loss_nan(generator):
+    logits, arrived = torch.randn(4, 3, generator=generator), torch.zeros(2, dtype=torch.int32)
+    for wrong in (3, -1):
+        loss = lane_loss(logits, torch.tensor([0, wrong]), torch.zeros(2), 1.0, arrived, backend="triton")
+        assert loss.isnan().all()
+
+
+def test_the_operators_fakes_have_the_kernels_shapes():
+    with torch.device("meta"):
+        logits, targets = torch.empty(6, 10, dtype=torch.bfloat16), torch.empty(3).long()
+        penalty, arrived = torch.empty(2), torch.empty(2).int()
+    loss, sums = _lose(logits, targets, penalty, arrived, 1.0)
+    assert (loss.shape, sums.shape, loss.dtype, sums.dtype) == ((2,), (6,), torch.float32, torch.float32)
+    slope, of_penalty = _slope(loss, logits, targets, sums, 1.0)
+    assert (slope.shape, slope.dtype, of_penalty.shape) == ((6, 10), torch.bfloat16, (2,))
