@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from infer_fast.errors import DiskError, InferFastError
 
@@ -63,9 +63,21 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], card: dict | Non
     `card` travels in the header as one JSON string under the key "card" (one key: safetensors does not fix the order
     of several).
     """
+    stored, metadata = _stored(tensors, card)
+    write_atomically(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+
+
+def stored_bytes(tensors: dict[str, torch.Tensor], card: dict | None = None) -> int:
+    """Bytes of the file that write_tensors would write, its header included."""
+    stored, metadata = _stored(tensors, card)
+    return len(save(stored, metadata=metadata))
+
+
+def _stored(
+    tensors: dict[str, torch.Tensor], card: dict | None
+) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
     metadata = None if card is None else {"card": json.dumps(card, sort_keys=True)}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

@@ -1,23 +1,29 @@
 """The distilled set: base images, compensators and soft labels, in memory and on disk.
 
 On disk it is a folder: distilled.safetensors, card.json (how it was made), README.md (a dataset card), preview.png.
+Images and labels are stored raw, as the papers count them, or coded: decoded once on loading, they are as before.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from infer_fast.data.card import Card, read_card
+from infer_fast.data.codec import Coded, coded_from, decode
+from infer_fast.data.label_store import AS_FLOAT16, LabelStore, store_of, unpack
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
-from infer_fast.files import read_tensors, write_tensors
+from infer_fast.files import read_tensors, stored_bytes, write_tensors
 from infer_fast.ops import Quantised, compose
 
 TENSORS = "distilled.safetensors"
+MOSAIC = "mosaic_"
+COMPENSATORS = ("compensators", "compensator_scale", "compensator_offset")
 QUANTISATION_BYTES = 2 * 3 * 2  # a float16 scale and offset for each of 3 channels
 
 
@@ -41,10 +47,10 @@ def quantise(compensators: torch.Tensor, std: tuple[float, ...]) -> Quantised:
 class DistilledSet(Dataset):
     """A distilled set as a torch Dataset of (instance float32 (3, H, W) normalised, logits float32 (C,), class).
 
-    base: uint8 (C, k, 3, H, W); compensators: bytes (M, k, 3, H, W) with scale and offset (M, k, 3), or None in image
-    mode; logits: float16 (C, k, M+1, C); pixels: of the dataset; card: how it was made (None:
-    not kept yet).
-    Instance (c, j, 0) is base image j of class c bare; (c, j, 1+m) has teacher m's compensator j added.
+    base: uint8 (C, k, 3, H, W); compensators: bytes (M, n, 3, H, W) with scale and offset (M, n, 3), or None without
+    any; logits: float16 (C, k, M+1, C); pixels: of the dataset; card: how it was made (None: not kept yet); coded: what
+    base was decoded from (None: stored raw); label_store: how the logits are stored.
+    Instance (c, j, 0) is base image j of class c bare; (c, j, 1+m) has teacher m's compensator j modulo n added.
     """
 
     base: torch.Tensor
@@ -53,6 +59,8 @@ class DistilledSet(Dataset):
     pixels: Pixels
     classes: tuple[str, ...]
     card: Card | None = None
+    coded: Coded | None = None
+    label_store: LabelStore = AS_FLOAT16
 
     @property
     def views_per_base(self) -> int:
@@ -61,14 +69,19 @@ class DistilledSet(Dataset):
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the base images and compensators, scales and offsets included."""
-        count = self.base.nbytes
+        """Bytes of the base images as stored, and of compensators, scales and offsets."""
+        count = self.base.nbytes if self.coded is None else self.coded.nbytes
         return count if self.compensators is None else count + sum(t.nbytes for t in self.compensators)
 
     @property
     def label_bytes(self) -> int:
-        """Bytes of the soft labels."""
-        return self.logits.nbytes
+        """Bytes of the soft labels as stored."""
+        return self.label_store.nbytes(self.logits)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of distilled.safetensors, the container included."""
+        return stored_bytes(*self._parts())
 
     def __len__(self) -> int:
         return self.base.shape[0] * self.base.shape[1] * self.views_per_base
@@ -95,7 +108,8 @@ class DistilledSet(Dataset):
         view = positions % self.views_per_base
         base_index = positions // self.views_per_base  # c * k + j
         flat = None if self.compensators is None else Quantised(*(t.flatten(0, 1) for t in self.compensators))
-        index = torch.where(view == 0, -1, (view - 1) * k + base_index % k)
+        n = 0 if self.compensators is None else self.compensators.values.shape[1]
+        index = torch.where(view == 0, -1, (view - 1) * n + base_index % k % max(n, 1))
         return self.base.flatten(0, 1), base_index, flat, None if flat is None else index
 
     @property
@@ -111,31 +125,35 @@ class DistilledSet(Dataset):
         return self.card
 
     def part(self, k: int, teachers: int) -> DistilledSet:
-        """The first k base images of each class, with the compensators of the first `teachers` teachers."""
+        """The first k base images of each class, with the compensators of the first `teachers` teachers; stored raw."""
         compensators = None
         if self.compensators is not None and teachers > 0:
             compensators = Quantised(*(t[:teachers, :k] for t in self.compensators))
         return replace(
-            self, base=self.base[:, :k], compensators=compensators, logits=self.logits[:, :k, : teachers + 1]
+            self,
+            base=self.base[:, :k],
+            compensators=compensators,
+            logits=self.logits[:, :k, : teachers + 1],
+            coded=self.coded if k == self.base.shape[1] else None,
         )
 
     def save(self, folder: Path) -> Path:
         """Writes distilled.safetensors atomically: the same set always gives the same bytes (not the card)."""
         path = Path(folder) / TENSORS
-        write_tensors(path, self._tensors())
+        write_tensors(path, *self._parts())
         return path
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        if self.compensators is None:
-            return {"images": self.base, "logits": self.logits}
-        values, scale, offset = self.compensators
-        return {
-            "base": self.base,
-            "compensators": values,
-            "compensator_scale": scale,
-            "compensator_offset": offset,
-            "logits": self.logits,
-        }
+    def _parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """The tensors of distilled.safetensors, and its header's card: how coded images and labels are to be read."""
+        tensors, labels = self.label_store.pack(self.logits)
+        if self.coded is not None:
+            tensors |= {f"{MOSAIC}{position:04d}": part for position, part in enumerate(self.coded.parts)}
+        else:
+            tensors["images" if self.compensators is None else "base"] = self.base
+        if self.compensators is not None:
+            tensors |= dict(zip(COMPENSATORS, self.compensators, strict=True))
+        images = {} if self.coded is None else self.coded.layout()
+        return tensors, {"images": images, "labels": labels} if images or labels else None
 
 
 def load(path: str | Path) -> DistilledSet:
@@ -148,22 +166,28 @@ def load(path: str | Path) -> DistilledSet:
     folder = path.parent if path.name == TENSORS else path
     if not (folder / TENSORS).is_file():
         raise InferFastError(f"{folder} holds no distilled set: {TENSORS} is not there.")
-    tensors, _ = read_tensors(folder / TENSORS)
+    tensors, stored = read_tensors(folder / TENSORS)
     card = read_card(folder)
     try:
-        compensators = None
-        if "base" in tensors:
-            names = ("compensators", "compensator_scale", "compensator_offset")
-            compensators = Quantised(*(tensors[name] for name in names))
+        coded, labels = None, stored.get("labels", {})
+        if stored.get("images"):
+            parts = tuple(tensor for name, tensor in tensors.items() if name.startswith(MOSAIC))
+            coded = coded_from(stored["images"], parts)
+        there = COMPENSATORS[0] in tensors
+        base = decode(coded) if coded is not None else tensors["base" if there else "images"]
         distilled = DistilledSet(
-            base=tensors["base"] if compensators is not None else tensors["images"],
-            compensators=compensators,
-            logits=tensors["logits"],
+            base=base,
+            compensators=Quantised(*(tensors[name] for name in COMPENSATORS)) if there else None,
+            logits=unpack(tensors, labels),
             pixels=card.dataset.pixels,
             classes=card.dataset.classes,
             card=card,
+            coded=coded,
+            label_store=store_of(labels, tensors),
         )
-    except KeyError as error:
+    except InferFastError as error:
+        raise InferFastError(f"{folder / TENSORS}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise InferFastError(f"{folder} is no whole distilled set: {error} is missing.") from error
     _check(folder, distilled)
     return distilled
@@ -178,7 +202,8 @@ def _check(folder: Path, distilled: DistilledSet) -> None:
         )
     if len(distilled.classes) != classes:
         raise InferFastError(f"{folder}: the card names {len(distilled.classes)} classes, the images have {classes}.")
-    if distilled.compensators is not None and list(distilled.compensators.values.shape[1:]) != [k, *image]:
+    added = None if distilled.compensators is None else list(distilled.compensators.values.shape)
+    if added is not None and (added[2:] != image or not 0 < added[1] <= k):
         raise InferFastError(
             f"{folder}: the compensators are {tuple(distilled.compensators.values.shape)}, "
             f"the base images {tuple(distilled.base.shape)}."

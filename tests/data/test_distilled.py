@@ -1,14 +1,19 @@
 """The distilled set: quantisation, instances, disk and back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 import infer_fast
+from infer_fast.data.codec import Codec, encode
 from infer_fast.data.distilled import DistilledSet, quantise
+from infer_fast.data.label_store import LabelStore
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
-from infer_fast.files import write_json
+from infer_fast.files import read_tensors, write_json, write_tensors
+from infer_fast.ops import Quantised
 
 from .test_card import card_of
 
@@ -70,7 +75,9 @@ def test_disk_and_back(generator, tmp_path, images):
     distilled = make(generator, images=images)
     write(distilled, tmp_path)
     again = infer_fast.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(distilled._tensors().values(), again._tensors().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(distilled._parts()[0].values(), again._parts()[0].values(), strict=True)
+    )
     assert again.classes == distilled.classes and again.pixels == PIXELS
     batch = next(iter(DataLoader(again, batch_size=4)))
     assert batch[0].shape == (4, 3, 5, 5) and batch[0].dtype == torch.float32 and batch[1].shape == (4, 3)
@@ -107,3 +114,54 @@ def test_missing_damaged_and_mismatched_sets_are_errors(generator, tmp_path):
     write_json(tmp_path / "card.json", {})
     with pytest.raises(InferFastError, match="card.json: recipe_name is missing"):
         infer_fast.load(tmp_path)
+
+
+@pytest.mark.parametrize("own", [Codec("raw", 0), Codec("webp", 60), Codec("jpeg", 90)], ids=lambda c: c.name)
+@pytest.mark.parametrize("labels", [LabelStore(), LabelStore("uint8"), LabelStore("top", 1, 4.0)], ids=lambda s: s.how)
+def test_coded_sets_go_to_the_disk_and_back(generator, tmp_path, own, labels):
+    plain = make(generator, size=8)
+    coded, base = encode(plain.base, own)
+    distilled = replace(plain, base=base, coded=coded, label_store=labels, logits=labels.rounded(plain.logits))
+    write(distilled, tmp_path)
+    assert distilled.file_bytes == (tmp_path / "distilled.safetensors").stat().st_size
+    assert distilled.image_bytes + distilled.label_bytes < distilled.file_bytes
+    again = infer_fast.load(tmp_path)
+    assert torch.equal(again.base, base) and torch.equal(again.logits, distilled.logits)
+    assert all(torch.equal(a, b) for a, b in zip(again.compensators, plain.compensators, strict=True))
+    assert again.label_store == labels and again.coded.codec == own
+    before = (tmp_path / "distilled.safetensors").read_bytes()
+    again.save(tmp_path)
+    assert (tmp_path / "distilled.safetensors").read_bytes() == before
+
+
+def test_a_damaged_coded_set_is_named(generator, tmp_path):
+    plain = make(generator, size=8, images=True)
+    coded, base = encode(plain.base, Codec("webp", 60))
+    write(replace(plain, base=base, coded=coded), tmp_path)
+    tensors, stored = read_tensors(tmp_path / "distilled.safetensors")
+    tensors["mosaic_0000"] = tensors["mosaic_0000"][:40]
+    write_tensors(tmp_path / "distilled.safetensors", tensors, stored)
+    with pytest.raises(InferFastError, match=r"distilled.safetensors: Mosaic 0 is damaged"):
+        infer_fast.load(tmp_path)
+    del stored["images"]["channels"]
+    write_tensors(tmp_path / "distilled.safetensors", tensors, stored)
+    with pytest.raises(InferFastError, match="is no whole distilled set: 'channels' is missing"):
+        infer_fast.load(tmp_path)
+
+
+def test_fewer_compensators_than_base_images_serve_them_in_turn(generator):
+    whole = make(generator, k=4, m=2)
+    few = replace(whole, compensators=Quantised(*(t[:, :2] for t in whole.compensators)))
+    positions = torch.arange(len(few))
+    views, j = positions % 3, positions // 3 % 4
+    index = few.sources(positions)[3]
+    assert torch.equal(index, torch.where(views == 0, -1, (views - 1) * 2 + j % 2))
+    first_two = positions[j < 2]
+    assert torch.equal(few.instances(first_two), whole.instances(first_two))
+    bare, twice = few.base[0, 2].float() / 255, [t[1, 0].float() for t in few.compensators]
+    expected = (bare + twice[0] * twice[1][:, None, None] + twice[2][:, None, None]).clamp(0, 1)
+    torch.testing.assert_close(few.instances(torch.tensor([2 * 3 + 2]))[0], normalised(expected))  # of class 0
+
+
+def normalised(pixels):
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
