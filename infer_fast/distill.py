@@ -23,6 +23,7 @@ from tyro.conf import arg
 
 import infer_fast
 from infer_fast import cli
+from infer_fast.data.budget import Base, storage_of
 from infer_fast.data.card import ByteCard, Card, DatasetCard, ExecutionCard, Row, TaskCard, TeacherCard, VersionCard
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.images import ImageDataset
@@ -42,7 +43,7 @@ from infer_fast.squeeze import Origin, squeeze
 from infer_fast.students.candidates import Evaluation
 from infer_fast.students.results import WandbRun
 from infer_fast.students.training import check_students
-from infer_fast.synthesis.base import base_images
+from infer_fast.synthesis.base import base_images, expected_count
 from infer_fast.synthesis.memory import ROOM, Demand, Room, find_room
 from infer_fast.synthesis.plan import Plan, make_plan
 from infer_fast.synthesis.tasks import Results, Synthesis, assemble, synthesise
@@ -121,10 +122,18 @@ class Job:
     @property
     def wanted(self) -> range:
         """The task indices to solve here."""
-        last = self.plan.k if self.options.ipc_end is None else min(self.options.ipc_end, self.plan.k)
+        every = self.plan.indices
+        last = every if self.options.ipc_end is None else min(self.options.ipc_end, every)
         return range(self.options.ipc_start, last)
 
-    def synthesis(self, teachers: list[Teacher], base: torch.Tensor) -> Synthesis:
+    def with_base_images(self, k: int) -> Job:
+        """The same with k base images of each class, as many as a budget of bytes turned out to hold."""
+        if self.recipe.store.budget == "images":
+            return self
+        classes, size = len(self.dataset.classes), self.dataset.size
+        return replace(self, plan=make_plan(self.recipe, classes, size, self.room.lanes, k))
+
+    def synthesis(self, teachers: list[Teacher], base: Base) -> Synthesis:
         """All of its tasks."""
         execution = self.options.execution.on(self.dataset.device)
         return Synthesis(self.plan, teachers, base, self.recipe.synthesis, execution, self.room.chunks)
@@ -143,6 +152,7 @@ class Job:
             recipe.synthesis.seed,
             store=self.folder / STORE,
             labels_folder=self.folder,
+            budget=self.plan.budget_bytes if recipe.store.budget == "bytes" else None,
         )
 
     def card(self, work: Synthesis, results: Results, distilled: DistilledSet, seconds: dict[str, float]) -> Card:
@@ -176,7 +186,9 @@ class Job:
                 labels=distilled.label_bytes,
                 dataset=whole,
                 ratio=whole / distilled.image_bytes,
+                file=distilled.file_bytes if self.recipe.store.budget == "bytes" else None,
             ),
+            pixels=None if distilled.coded is None else distilled.coded.digest,
             tasks=tuple(
                 TaskCard(plan.teachers[m], j, losses[0], losses[-1])
                 for (m, j, _), losses in sorted((task, result.losses) for task, result in results.items())
@@ -200,11 +212,14 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     with clock.stage("dataset"):
         job = decide(options, recipe_name)
         if options.dry_run:
-            print(describe(job.plan, job.dataset, job.room, estimate(job.plan, job.recipe, job.dataset)))
+            seconds = estimate(job.plan, job.recipe, job.dataset)
+            print(describe(job.plan, job.dataset, job.recipe.store, job.room, seconds))
             return []
-        base = base_images(job.dataset, job.recipe.synthesis, job.plan, options.init_path)
     with clock.stage("squeeze"):
         teachers = squeeze(job.dataset, job.recipe.arch_name, job.origin, options.syn_data_path / "teachers")
+    with clock.stage("base images"):
+        base = base_images(job.dataset, job.recipe, job.plan, options.init_path)
+        job = job.with_base_images(base.images.shape[1])
     with clock.stage("synthesis"):
         write_json(job.folder / ROOM, job.room._asdict())  # the run goes on in the room it was planned for
         work = job.synthesis(teachers, base)
@@ -214,7 +229,7 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
         print(f"Tasks {done.start}..{done.stop - 1} are solved; run the others, then once without a range.")
         return []
     with clock.stage("relabel"):
-        distilled = relabel(assemble(job.plan, base, results, job.dataset), teachers)
+        distilled = relabel(assemble(work, storage_of(job.recipe, job.plan.n), results, job.dataset), teachers)
         distilled.save(job.folder)
     card = job.card(work, results, distilled, clock.seconds)
     if options.store_best_images:
@@ -241,7 +256,8 @@ def decide(options: DistillOptions, recipe_name: str) -> Job:
     folder = options.syn_data_path / (options.exp_name or recipe_name)
     demand = _demand(recipe, dataset, options.precision)
     room = find_room(demand, dataset.device, folder, options.lanes, options.chunk)
-    plan = make_plan(recipe, len(dataset.classes), dataset.size, room.lanes)
+    k = expected_count(dataset, recipe) if recipe.store.budget == "bytes" else None
+    plan = make_plan(recipe, len(dataset.classes), dataset.size, room.lanes, k)
     return Job(options, recipe_name, recipe, dataset, folder, room, plan)
 
 

@@ -16,7 +16,7 @@ from infer_fast.data.fkd import epoch_bytes
 from infer_fast.data.images import ImageDataset
 from infer_fast.models import MatchedTeacher, build
 from infer_fast.models.teacher import Teacher
-from infer_fast.recipes import DATASETS, RECIPES, Recipe, StudentSettings
+from infer_fast.recipes import DATASETS, RECIPES, Recipe, StoreSettings, StudentSettings
 from infer_fast.students.candidates import DISTILLED, epochs_of, kinds
 from infer_fast.synthesis.memory import Room
 from infer_fast.synthesis.plan import Plan, make_plan
@@ -24,29 +24,43 @@ from infer_fast.synthesis.plan import Plan, make_plan
 PROBE = 8  # images that are timed
 
 
-def describe(plan: Plan, dataset: ImageDataset, room: Room, seconds: dict[str, float]) -> str:
+def describe(plan: Plan, dataset: ImageDataset, store: StoreSettings, room: Room, seconds: dict[str, float]) -> str:
     """The plan in words: tasks, bytes against the budget, estimated time."""
-    share = 100 * plan.image_bytes / plan.budget_bytes
     whole = dataset.train.nbytes
-    what = f"{plan.compensators} compensators" if plan.compensators else "optimised images"
-    lanes = max(len(b.indices) for b in plan.batches)
+    what = "optimised images" if plan.optimise == "images" else f"{plan.compensators} compensators"
+    lanes = max((len(b.indices) for b in plan.batches), default=0)
     chunked = [f"{name}: {n} images in one pass" for name, n in zip(plan.teachers, room.chunks, strict=True) if n]
     chunks = f" ({', '.join(chunked)})" if chunked else ""
     spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
+    about, weight = "", _raw_weight(plan, whole)
+    if store.budget == "bytes":
+        about = "about "  # what fits is seen when it is coded
+        weight = [
+            f"file       a budget of {plan.budget_bytes:,} bytes for images ({store.codec}), labels "
+            f"({store.label_bits}) and headers ({whole / plan.budget_bytes:.1f} times smaller than the training split)"
+        ]
     lines = [
         f"dataset    {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
         f"of {plan.size[0]}x{plan.size[1]}, {plan.classes} classes",
         f"teachers   {', '.join(plan.teachers)}",
         f"tasks      {plan.tasks} tasks of {plan.iterations} iterations, in {len(plan.batches)} batches of up to "
         f"{lanes} lanes{chunks}",
-        f"stored     k = {plan.k} base images per class, {what}: {plan.stored_images:,} images for "
+        f"stored     k = {about}{plan.k} base images per class, {what}: {plan.stored_images:,} images for "
         f"{plan.instances:,} instances",
-        f"images     {plan.image_bytes:,} bytes of a budget of {plan.budget_bytes:,} ({share:.1f} %; "
-        f"{whole / plan.image_bytes:.1f} times smaller than the training split)",
-        f"labels     {plan.label_bytes:,} bytes of soft labels",
+        *weight,
         f"estimate   {spent} on {dataset.device.type}",
     ]
     return "\n".join(lines)
+
+
+def _raw_weight(plan: Plan, whole: int) -> list[str]:
+    """Lines of images and of labels, stored raw, against the budget."""
+    share = 100 * plan.image_bytes / plan.budget_bytes
+    return [
+        f"images     {plan.image_bytes:,} bytes of a budget of {plan.budget_bytes:,} ({share:.1f} %; "
+        f"{whole / plan.image_bytes:.1f} times smaller than the training split)",
+        f"labels     {plan.label_bytes:,} bytes of soft labels",
+    ]
 
 
 def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, float]:
@@ -74,7 +88,7 @@ def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, flo
 def _validation_seconds(plan: Plan, recipe: Recipe, training: float, labelling: float) -> float:
     """Of one network's rows; training, labelling: seconds of an image."""
     student, total = recipe.student, 0.0
-    for kind in kinds(recipe.compare, student.labels):
+    for kind in kinds(recipe.compare, student.labels, recipe.store.budget == "bytes"):
         images = epochs_of(kind, student, len(plan.teachers)) * plan.instances
         total += recipe.seeds * images * training
         if kind == (DISTILLED, "fkd"):
@@ -113,7 +127,7 @@ def byte_table(distilled: DistilledSet, teachers: Sequence[Teacher], student: St
     stored = epoch_bytes(len(distilled), student.batch_size, len(distilled.classes), augmentation_of(student))
     added = 0 if distilled.compensators is None else sum(t.nbytes for t in distilled.compensators)
     parts = {
-        "base images" if added else "images": distilled.base.nbytes,
+        "base images" if added else "images": distilled.image_bytes - added,
         "compensators, scales and offsets": added,
         "soft labels, static": distilled.label_bytes,
         "soft labels, dynamic (the teachers)": sum(t.weight_bytes for t in teachers),

@@ -133,10 +133,11 @@ def _as(kind: Any, value: Any, file: str, place: str) -> Any:
         return None if value is None else _as(inner, value, file, place)
     if isinstance(kind, type) and is_dataclass(kind):
         hints, given = get_type_hints(kind), _expect(dict, value, file, place)
-        missing = next((f.name for f in fields(kind) if f.name not in given), None)
+        there = [f.name for f in fields(kind) if f.name in given or not f.metadata.get("added later")]
+        missing = next((name for name in there if name not in given), None)
         if missing is not None:
             raise InferFastError(f"{file}: {_inside(place, missing)} is missing.")
-        return kind(**{f.name: _as(hints[f.name], given[f.name], file, _inside(place, f.name)) for f in fields(kind)})
+        return kind(**{name: _as(hints[name], given[name], file, _inside(place, name)) for name in there})
     if get_origin(kind) is tuple:
         values = _expect(list, value, file, place)
         kinds = parts[:1] * len(values) if parts[-1] is Ellipsis else parts

@@ -18,6 +18,7 @@ except ImportError:  # programs and benchmarks read the recipes too, and need no
         """What only a parser of flags would read is left out."""
 
 
+ADDED_LATER = {"added later": True}  # of a field: files written before it was there are read with its default
 Precision = Literal["auto", "fast", "float32", "tf32", "bfloat16"]
 Engine = Literal["auto", "eager", "compile", "graph", "graph-compile"]  # see infer_fast.models.engine
 
@@ -151,6 +152,27 @@ class StudentSettings:
 
 
 @dataclass(frozen=True)
+class StoreSettings:
+    """What fills the budget, and how it is stored."""
+
+    budget: Literal["images", "bytes"] = "images"
+    """what classes x ipc x 3*H*W bytes hold: the stored images, raw, as the papers count; or the whole file, labels and
+    headers too"""
+    codec: Literal["raw", "webp", "avif", "jpeg"] = "raw"
+    """what base images are coded with, many in one mosaic; grey images as one channel"""
+    quality: int = 60
+    """of the codec, 0 to 100 (webp: 100 is lossless)"""
+    label_bits: Literal["float16", "uint8", "top"] = "float16"
+    """how soft labels are stored: whole rows in 16 or in 8 bits, or the top ones of each row in 8 bits"""
+    label_top: int = 10
+    """logits of a row that top keeps; the rest's probability is spread evenly"""
+    choice: Literal["random", "medoids"] = "random"
+    """which training images are kept: random ones; medoids of k-means in the teachers' features, class by class"""
+    compensators: int | None = None
+    """for each teacher; None: one for each base image of a class, as INFER"""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One published (or bundled) way from a dataset to a distilled set and the table that judges it."""
 
@@ -168,6 +190,7 @@ class Recipe:
     """rows beside the distilled set's: none; random real images of the same bytes; all (and the whole dataset)"""
     squeeze: SqueezeSettings = field(default_factory=SqueezeSettings)
     synthesis: Annotated[SynthesisSettings, arg(name="")] = field(default_factory=SynthesisSettings)
+    store: Annotated[StoreSettings, arg(name="")] = field(default_factory=StoreSettings, metadata=ADDED_LATER)
     student: StudentSettings = field(default_factory=StudentSettings)
 
 
@@ -315,6 +338,7 @@ __all__ = [
     "Precision",
     "Recipe",
     "SqueezeSettings",
+    "StoreSettings",
     "StudentSettings",
     "SynthesisSettings",
     "base_images_per_class",

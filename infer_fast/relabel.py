@@ -24,15 +24,15 @@ from infer_fast.students.labels import averaged_logits, record_labels
 def relabel(distilled: DistilledSet, teachers: Sequence[Teacher]) -> DistilledSet:
     """The same set with logits float16 (C, k, M+1, C) averaged over `teachers` (INFER, arXiv 2408.06927, section 3.3).
 
-    The labels are those of the instances as stored: after quantisation, as a student will see them. Raises
-    InferFastError for a teacher whose logits float16 can't hold.
+    The labels are those of the instances as stored: after quantisation, as a student will see them; and they are what
+    will be read of them. Raises InferFastError for a teacher whose logits float16 can't hold.
     """
     on = device_of(teachers)
     with stage("relabel", len(teachers), "teachers") as running:
         logits = averaged_logits(
             teachers, lambda p: distilled.instances(p).to(on), len(distilled), on_teacher=running.advance
         )
-    return replace(distilled, logits=logits.half().cpu().view(distilled.logits.shape))
+    return replace(distilled, logits=distilled.label_store.rounded(logits.half().cpu().view(distilled.logits.shape)))
 
 
 def teachers_of(distilled: DistilledSet, folder: Path) -> list[Teacher]:

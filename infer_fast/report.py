@@ -55,6 +55,7 @@ def write_dataset_card(distilled: DistilledSet, path: Path) -> None:
     """The folder's README.md: a Hugging Face dataset card made from card.json."""
     card = distilled.made
     size = card.bytes
+    coded = "" if distilled.coded is None else f" The images are coded: {_coding(distilled)}."
     teachers = "\n".join(f"- {t.name}: test accuracy {t.accuracy:.2f} %" for t in card.teachers)
     write_text(
         path,
@@ -67,7 +68,7 @@ tags: [dataset-distillation, infer_fast]
 
 {len(distilled):,} training instances from {size.images:,} bytes of images ({size.ratio:.1f} times smaller than
 the {size.dataset:,} bytes of the training split) and {size.labels:,} bytes of soft labels. Made with infer_fast
-{card.versions.infer_fast}, recipe `{card.recipe_name}`, {distilled.base.shape[1]} base images per class.
+{card.versions.infer_fast}, recipe `{card.recipe_name}`, {distilled.base.shape[1]} base images per class.{coded}
 
 Teachers:
 
@@ -95,6 +96,7 @@ def write_page(distilled: DistilledSet, folder: Path) -> None:
         for t in card.tasks
     )
     title = f"{html.escape(card.dataset.name)}, distilled"
+    coded = "" if distilled.coded is None else f" The images are coded: {_coding(distilled)}."
     write_text(
         folder / "report.html",
         f"""<!doctype html>
@@ -103,7 +105,7 @@ def write_page(distilled: DistilledSet, folder: Path) -> None:
 text-align:left}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
 <h1>{title}</h1>
 <p>{card.bytes.images:,} bytes of images, {card.bytes.labels:,} bytes of soft labels,
-{len(distilled):,} instances.</p>
+{len(distilled):,} instances.{coded}</p>
 <img alt="base images, compensators and instances" src="data:image/png;base64,{preview}">
 <h2>Students</h2>
 {_html_table(card.table or "")}
@@ -122,13 +124,27 @@ def write_report(folder: Path) -> None:
     write_page(distilled, folder)
 
 
+def _coding(distilled: DistilledSet) -> str:
+    """How the images of a coded set are stored, and what the whole file weighs where that was counted."""
+    coded, weight = distilled.coded, distilled.made.bytes
+    assert coded is not None
+    how = "raw" if coded.codec.name == "raw" else f"{coded.codec.name} of quality {coded.codec.quality}"
+    colour = ", grey" if coded.channels == 1 else ""
+    whole = (
+        "" if weight.file is None else f"; the whole file has {weight.file:,} bytes of a budget of {weight.budget:,}"
+    )
+    return f"{how}{colour}{whole}"
+
+
 def _html_table(markdown: str) -> str:
-    rows = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    lines = markdown.splitlines()
+    rows = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
     if not rows:
         return "<p>Not validated yet.</p>"
+    said = "".join(f"<p>{html.escape(line)}</p>" for line in lines if line and line[:1] != "|")
     head = "".join(f"<th>{cell}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<table><tr>{head}</tr>{body}</table>{said}"
 
 
 def _stretched(compensators: Quantised, teacher: int) -> torch.Tensor:

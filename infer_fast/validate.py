@@ -37,7 +37,7 @@ from infer_fast.squeeze import Origin, squeeze
 from infer_fast.students import tsne
 from infer_fast.students.candidates import Candidate, Compare, Evaluation, candidates
 from infer_fast.students.labels import record_labels
-from infer_fast.students.results import Measured, ResultStore, WandbRun, table, write_results
+from infer_fast.students.results import Measured, ResultStore, WandbRun, table, verdict, write_results
 from infer_fast.students.training import check_students, measured_student
 
 STORE = "students.json"
@@ -146,12 +146,22 @@ def present(evaluation: Evaluation, rows: list[Row], folder: Path, log: WandbRun
     Returns the table.
     """
     whole = evaluation.dataset.train.nbytes
-    text = table(rows, whole)
+    text = "\n\n".join(part for part in (table(rows, whole), _shipped(evaluation), verdict(rows)) if part)
     write_results(folder, text, rows)
     print(text)
     print("\n" + byte_table(evaluation.distilled, evaluation.teachers, evaluation.settings, whole))
     log.log(rows)
     return text
+
+
+def _shipped(evaluation: Evaluation) -> str:
+    """What a user could ship in place of a set: the smallest teacher."""
+    if not evaluation.teachers:
+        return ""
+    least = min(evaluation.teachers, key=lambda teacher: teacher.weight_bytes)
+    return (
+        f"The smallest teacher, {least.name}, weighs {least.weight_bytes:,} bytes and reaches {least.accuracy:.2f} %."
+    )
 
 
 def evaluation_of(options: ValidateOptions, recipe: Recipe) -> Evaluation:
@@ -203,7 +213,9 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
     if named:
         distilled = relabel(distilled, teachers)
     evaluation = _evaluation(options, distilled, dataset, teachers, options.ipc or recipe.ipc)
-    return replace(evaluation, seed=recipe.synthesis.seed, labels_folder=folder)
+    counted = recipe.store.budget == "bytes" and distilled.coded is not None
+    budget = whole.made.bytes.budget if counted else None
+    return replace(evaluation, seed=recipe.synthesis.seed, labels_folder=folder, budget=budget)
 
 
 def _part(whole: DistilledSet, options: ValidateOptions) -> DistilledSet:

@@ -329,3 +329,27 @@ def test_a_thousand_classes_of_224_pixels_are_planned_without_decoding_them(tmp_
     assert "1,000 training and 1,000 test images of 224x224, 1000 classes" in done.stdout
     assert "27 tasks of 2000 iterations" in done.stdout and "1,358,816,580 bytes" in done.stdout
     assert "squeeze 0.0 min" in done.stdout and not (tmp_path / "runs" / "imagenet-infer-ipc10").exists()
+
+
+def test_a_budget_of_bytes_counts_the_whole_file(tmp_path, run_module, small_flags):
+    flags = [*small_flags, "--budget=bytes", "--codec=webp", "--quality=100", "--label-bits=uint8", "--compensators=1"]
+    planned = run_module("distill", *flags, "--dry-run")
+    assert (
+        planned.returncode == 0 and "k = about " in planned.stdout and "7,680 bytes for images (webp)" in planned.stdout
+    )
+    done = run_module("distill", *flags)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "digits"
+    card = json.loads((run / "card.json").read_text())
+    weight = (run / "distilled.safetensors").stat().st_size
+    assert card["bytes"]["file"] == weight and 0.9 * 7680 < weight <= 7680
+    distilled = infer_fast.load(run)
+    assert distilled.base.shape[1] == card["k"] > 4 and distilled.compensators.values.shape[:2] == (2, 1)
+    assert "synthesis: 12/12 task iterations" in done.stderr
+    assert "random real, coded | soft" in done.stdout and "points" in done.stdout
+    assert "The smallest teacher, convnet" in done.stdout
+    assert "webp of quality 100, grey; the whole file has" in (run / "README.md").read_text()
+    again = run_module("validate", f"--syn-data-path={run}")
+    assert again.returncode == 0 and (run / "table.md").read_text() in again.stdout
+    labelled = run_module("relabel", f"--syn-data-path={run}")
+    assert "same labels as before" in labelled.stdout and weight == (run / "distilled.safetensors").stat().st_size

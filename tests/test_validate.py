@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from infer_fast.data.codec import Codec, encode
 from infer_fast.data.distilled import DistilledSet, load, quantise
 from infer_fast.data.fkd import read_epoch
+from infer_fast.data.label_store import LabelStore
 from infer_fast.errors import InferFastError
 from infer_fast.export import export
 from infer_fast.files import read_tensors
@@ -24,7 +26,7 @@ from infer_fast.recipes import StudentSettings
 from infer_fast.students import training as students
 from infer_fast.students.candidates import Evaluation, candidates
 from infer_fast.students.labels import dynamic_labels, record_labels
-from infer_fast.students.results import table
+from infer_fast.students.results import table, verdict
 from infer_fast.validate import validate
 
 STUDENT = StudentSettings(networks=("convnet",), epochs=10, batch_size=8, padding=0, flip=False, temperature=2.0)
@@ -319,3 +321,32 @@ def test_folders_of_images_made_by_anyone_are_labelled_and_judged(tmp_path, call
     shutil.rmtree(tmp_path / "others" / "new003")
     missing = call_module("validate", "--syn-data-path", "others", *flags)
     assert missing.returncode == 1 and "9 class folders for 10 classes: none for '3'" in missing.stderr
+
+
+def test_at_a_budget_of_bytes_everything_fills_it(parts):
+    """Random real images, raw and through the set's codec, weigh what the set may weigh, labels included."""
+    plain, dataset, teachers = parts
+    store = LabelStore("uint8")
+    coded, base = encode(plain.base, Codec("webp", 100))
+    distilled = replace(plain, base=base, coded=coded, label_store=store, logits=store.rounded(plain.logits))
+    budget = 3 * 4 * 3 * 8 * 8
+    evaluation = Evaluation(distilled, dataset, teachers, STUDENT, 3, "all", 2, budget=budget)
+    made = candidates(evaluation)
+    assert [(c.trained_on, c.labels) for c in made] == [
+        ("distilled", "soft labels"), ("distilled", "hard labels"), ("random real, coded", "soft labels"),
+        ("random real, coded", "hard labels"), ("random real", "soft labels"), ("random real", "hard labels"),
+        ("whole dataset", "hard labels"),
+    ]  # fmt: skip
+    assert len({c.updates for c in made}) == 1
+    ours, _, through, through_hard, raw, raw_hard, _ = made
+    assert (ours.image_bytes, ours.label_bytes) == (coded.nbytes + 2 * 3 * 64 + 2 * 12, 16 * 4)
+    for candidate in (through, through_hard, raw, raw_hard):
+        assert candidate.image_bytes + candidate.label_bytes <= budget
+    one, two = (through.source(seed) for seed in (0, 1))
+    assert len(one) % 4 == 0 and len(one) == through.label_bytes // 4
+    assert torch.equal(through_hard.source(0).base, one.base) and not torch.equal(one.base, two.base)
+    assert torch.equal(store.rounded(one.targets), one.targets.half())
+    assert len(raw.source(0)) == budget // (192 + 8) and len(raw_hard.source(0)) == budget // 193
+    assert raw_hard.source(0).targets.bincount(minlength=4).tolist() == [3, 3, 3, 2]
+    rows = validate(evaluation)
+    assert "points" in verdict(rows) and "random real, coded (hard labels)" in verdict(rows)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from infer_fast.data.pixels import Pixels
 from infer_fast.files import read_json_as, write_json
-from infer_fast.recipes import Recipe
+from infer_fast.recipes import ADDED_LATER, Recipe
 
 CARD = "card.json"
 
@@ -47,13 +47,15 @@ class TeacherCard:
 
 @dataclass(frozen=True)
 class ByteCard:
-    """What the set weighs, in bytes; dataset: the decoded training images; ratio: dataset over images."""
+    """What the set weighs, in bytes; dataset: the decoded training images; ratio: dataset over images; file: all of
+    distilled.safetensors, where the budget counts it."""
 
     images: int
     budget: int
     labels: int
     dataset: int
     ratio: float
+    file: int | None = field(default=None, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Card:
     """What a distilled set is and how it was made: all that is needed to judge it again, or to make it again.
 
     k: base images per class; seconds: of each stage; table: the students' table as it was printed (None: not validated
-    yet), and results, its rows.
+    yet), and results, its rows; pixels: SHA-256 of the decoded base images of a coded set.
     """
 
     recipe_name: str
@@ -139,6 +141,7 @@ class Card:
     seconds: dict[str, float]
     table: str | None = None
     results: tuple[Row, ...] = ()
+    pixels: str | None = field(default=None, metadata=ADDED_LATER)
 
     def write(self, folder: Path) -> None:
         """Writes card.json atomically. Raises DiskError when the disk is full or the folder not writable."""

@@ -90,10 +90,8 @@ def encode(images: torch.Tensor, codec: Codec) -> tuple[Coded, torch.Tensor]:
     flat = images.reshape(-1, 3, height, width)
     channels = 1 if bool((flat == flat[:, :1]).all()) else 3
     flat = flat[:, :channels]
-    if codec.name == "raw":
-        parts = (flat.contiguous(),)
-    else:
-        parts = tuple(_file(_mosaic(some), codec) for some in flat.split(_per_mosaic(height, width)))
+    mosaics = [] if codec.name == "raw" else flat.split(_per_mosaic(height, width))
+    parts = tuple(_file(_mosaic(some), codec) for some in mosaics) or (flat.contiguous(),)
     coded = Coded(codec, parts, tuple(shape), (height, width), channels, "")
     decoded = _decoded(coded)
     return Coded(codec, parts, tuple(shape), (height, width), channels, _digest(decoded)), decoded

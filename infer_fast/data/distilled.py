@@ -202,8 +202,13 @@ def _check(folder: Path, distilled: DistilledSet) -> None:
         )
     if len(distilled.classes) != classes:
         raise InferFastError(f"{folder}: the card names {len(distilled.classes)} classes, the images have {classes}.")
-    added = None if distilled.compensators is None else list(distilled.compensators.values.shape)
-    if added is not None and (added[2:] != image or not 0 < added[1] <= k):
+    digest = None if distilled.coded is None else distilled.coded.digest
+    if distilled.made.pixels != digest:
+        raise InferFastError(f"{folder}: the card is that of other base images than {TENSORS} has.")
+    if distilled.compensators is None:
+        return
+    _, n, *shape = distilled.compensators.values.shape
+    if shape != image or not 0 < n <= k:
         raise InferFastError(
             f"{folder}: the compensators are {tuple(distilled.compensators.values.shape)}, "
             f"the base images {tuple(distilled.base.shape)}."

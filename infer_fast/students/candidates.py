@@ -11,16 +11,18 @@ from typing import Literal, NamedTuple
 import torch
 
 from infer_fast.data.augment import augmentation_of
+from infer_fast.data.budget import Base, Storage, filled
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.fkd import epoch_bytes
 from infer_fast.data.images import ImageDataset, Split, draw_of_each_class
+from infer_fast.data.label_store import AS_FLOAT16, LabelStore
 from infer_fast.data.sets import FileSet, ResidentSet, resident_distilled, resident_split, training_set
 from infer_fast.models.teacher import Teacher
 from infer_fast.recipes import StudentSettings
 from infer_fast.students.labels import averaged_logits, dynamic_labels
 
 Compare = Literal["none", "random", "all"]
-DISTILLED, RANDOM_REAL, WHOLE = "distilled", "random real", "whole dataset"
+DISTILLED, RANDOM_REAL, RANDOM_CODED, WHOLE = "distilled", "random real", "random real, coded", "whole dataset"
 LABELS = {  # what the table calls them
     "static": "soft labels",
     "dynamic": "dynamic labels",
@@ -36,7 +38,8 @@ class Evaluation:
     dataset: what it stands for, on the students' device; teachers: label the random real images (needed unless compare
     is none) and every batch where the labels ask for it; ipc: images per class of the budget, the number of random real
     images; seeds: students per row, the first of them seeded by `seed`; store: a JSON file of finished students, read
-    and extended; labels_folder: where the labels of every crop are kept, made if they are not there.
+    and extended; labels_folder: where the labels of every crop are kept, made if they are not there; budget: bytes of a
+    whole file, which random real images fill too, raw and through the set's codec (None: ipc counts images alone).
     """
 
     distilled: DistilledSet
@@ -49,6 +52,7 @@ class Evaluation:
     seed: int = 0
     store: Path | None = None
     labels_folder: Path | None = None
+    budget: int | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -63,14 +67,17 @@ class Kind(NamedTuple):
     labels: str
 
 
-def kinds(compare: str, labels: Sequence[str]) -> list[Kind]:
-    """The rows that `compare` asks for, once for each kind of soft labels, in the table's order."""
-    ours, real = ([Kind(which, own) for own in dict.fromkeys(labels)] for which in (DISTILLED, RANDOM_REAL))
-    if compare == "none":
-        return ours
-    if compare == "random":
-        return [*ours, *real]
-    return [*ours, Kind(DISTILLED, "hard"), *real, Kind(RANDOM_REAL, "hard"), Kind(WHOLE, "hard")]
+def kinds(compare: str, labels: Sequence[str], coded: bool = False) -> list[Kind]:
+    """The rows that `compare` asks for, once for each kind of soft labels, in the table's order.
+
+    coded: whether random real images through the set's own codec are among them.
+    """
+    own = list(dict.fromkeys(labels))
+    compared = [RANDOM_CODED, RANDOM_REAL] if coded else [RANDOM_REAL]
+    rows = {"none": [DISTILLED], "random": [DISTILLED, *compared], "all": [DISTILLED, *compared]}[compare]
+    hard = ["hard"] if compare == "all" else []
+    made = [Kind(row, label) for row in rows for label in (*own, *hard)]
+    return [*made, Kind(WHOLE, "hard")] if compare == "all" else made
 
 
 def epochs_of(kind: Kind, settings: StudentSettings, teachers: int) -> int:
@@ -109,7 +116,7 @@ def candidates(evaluation: Evaluation, replayed: Path | None = None) -> list[Can
         return PLAIN[trained_on](evaluation, soft)
 
     made = []
-    for kind in kinds(evaluation.compare, settings.labels):
+    for kind in kinds(evaluation.compare, settings.labels, evaluation.budget is not None):
         candidate = replace(
             plain(kind.trained_on, kind.labels != "hard"),
             labels=LABELS[kind.labels],
@@ -148,28 +155,63 @@ def _hard_label_bytes(evaluation: Evaluation) -> int:
 
 def _distilled(evaluation: Evaluation, soft: bool) -> Candidate:
     distilled = evaluation.distilled
-    label_bytes = distilled.label_bytes if soft else _hard_label_bytes(evaluation) * len(distilled)
+    hard = 0 if evaluation.budget is not None else _hard_label_bytes(evaluation) * len(distilled)
+    label_bytes = distilled.label_bytes if soft else hard
     resident = resident_distilled(distilled, soft=soft).to(evaluation.dataset.device)
     return Candidate(DISTILLED, "", distilled.image_bytes, label_bytes, 0, lambda _: resident)
 
 
 def _random_real(evaluation: Evaluation, soft: bool) -> Candidate:
-    """ipc random training images of every class, drawn anew for each seed."""
-    dataset, count = evaluation.dataset, evaluation.ipc * len(evaluation.dataset.classes)
-    each = 2 * len(dataset.classes) if soft else _hard_label_bytes(evaluation)
-    teachers = evaluation.teachers if soft else ()
+    """Random training images, as many of every class as can be, drawn anew for each seed, stored raw."""
+    dataset, classes = evaluation.dataset, len(evaluation.dataset.classes)
+    each = 2 * classes if soft else _hard_label_bytes(evaluation)
+    image = 3 * dataset.size[0] * dataset.size[1]
+    count = evaluation.ipc * classes if evaluation.budget is None else evaluation.budget // (image + each)
 
     def drawn(seed: int) -> ResidentSet:
         generator = torch.Generator().manual_seed(seed)
-        positions = draw_of_each_class(dataset, evaluation.ipc, generator).flatten()
+        order = draw_of_each_class(dataset, -(-count // classes), generator)
+        positions = order.flatten() if order.numel() == count else order.T.flatten()[:count]
         split = Split(dataset.train.at(positions), dataset.train.labels[positions.to(dataset.device)])
-        logits = None
-        if teachers:
-            logits = averaged_logits(teachers, lambda p: dataset.pixels.normalise(split.images[p]), len(split))
-        return resident_split(split, len(dataset.classes), dataset.pixels, logits)
+        return _labelled(evaluation, split, AS_FLOAT16 if soft else None)
 
-    image_bytes = count * 3 * dataset.size[0] * dataset.size[1]
-    return Candidate(RANDOM_REAL, "", image_bytes, count * each, 0, drawn)
+    return Candidate(RANDOM_REAL, "", count * image, count * each, 0, drawn)
+
+
+def _random_coded(evaluation: Evaluation, soft: bool) -> Candidate:
+    """Random training images through the set's codec, with labels of as many bits: as many as its budget holds.
+
+    Hard labels take no bytes, since images are stored class by class; they are those of the same images.
+    """
+    dataset, distilled = evaluation.dataset, evaluation.distilled
+    assert evaluation.budget is not None and distilled.coded is not None
+    budget, storage = evaluation.budget, Storage(distilled.coded.codec, distilled.label_store)
+    most = int(dataset.train.labels.bincount(minlength=len(dataset.classes)).min())
+
+    @cache
+    def base(seed: int) -> Base:
+        order = draw_of_each_class(dataset, most, torch.Generator().manual_seed(seed))
+        return filled(lambda k: dataset.train.at(order[:, :k]).cpu(), most, storage, budget)
+
+    def drawn(seed: int) -> ResidentSet:
+        images = base(seed).images
+        labels = torch.arange(len(images)).repeat_interleave(images.shape[1])
+        split = Split(images.flatten(0, 1), labels).to(dataset.device)
+        return _labelled(evaluation, split, distilled.label_store if soft else None)
+
+    first = base(evaluation.seed)
+    shape = *first.images.shape[:2], len(dataset.classes)
+    label_bytes = storage.labels.nbytes(torch.zeros(shape)) if soft else 0
+    return Candidate(RANDOM_CODED, "", first.nbytes, label_bytes, 0, drawn)
+
+
+def _labelled(evaluation: Evaluation, split: Split, store: LabelStore | None) -> ResidentSet:
+    """Images with the teachers' labels as `store` keeps them; None: with their classes."""
+    dataset, logits = evaluation.dataset, None
+    if store is not None and evaluation.teachers:
+        logits = averaged_logits(evaluation.teachers, lambda p: dataset.pixels.normalise(split.images[p]), len(split))
+        logits = store.rounded(logits).float()
+    return resident_split(split, len(dataset.classes), dataset.pixels, logits)
 
 
 def _whole(evaluation: Evaluation, soft: bool) -> Candidate:
@@ -179,4 +221,4 @@ def _whole(evaluation: Evaluation, soft: bool) -> Candidate:
     return Candidate(WHOLE, "", dataset.train.nbytes, label_bytes, 0, lambda _: source)
 
 
-PLAIN = {DISTILLED: _distilled, RANDOM_REAL: _random_real, WHOLE: _whole}
+PLAIN = {DISTILLED: _distilled, RANDOM_REAL: _random_real, RANDOM_CODED: _random_coded, WHOLE: _whole}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from infer_fast.data.card import Row
 from infer_fast.extras import require
 from infer_fast.files import read_json, write_json, write_text
+from infer_fast.students.candidates import DISTILLED, LABELS, RANDOM_CODED, RANDOM_REAL, WHOLE
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,42 @@ def table(rows: Sequence[Row], whole_bytes: int) -> str:
         for r in rows
     ]
     return "\n".join(head + body)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """What the table says, in words: for each student, how far the distilled set is ahead of random real images.
+
+    Differences of means in points, with their standard error. HLR and IOR are DD-Ranking's (arXiv 2505.13300): what the
+    whole dataset is ahead of the distilled set with hard labels, and that with any labels ahead of random real images.
+    """
+    networks = dict.fromkeys(row.network for row in rows)
+    return "\n".join(line for network in networks if (line := _verdict(network, rows)))
+
+
+def _verdict(network: str, rows: Sequence[Row]) -> str:
+    own = {(row.trained_on, row.labels): row for row in rows if row.network == network}
+    said = []
+    for (trained_on, labels), row in own.items():
+        random = next((r for w in (RANDOM_CODED, RANDOM_REAL) if (r := own.get((w, labels))) is not None), None)
+        if trained_on == DISTILLED and random is not None:
+            said.append(f"{_distance(row, random)} {random.trained_on} ({labels})")
+    if not said:
+        return ""
+    measures = []
+    hard, whole = own.get((DISTILLED, LABELS["hard"])), own.get((WHOLE, LABELS["hard"]))
+    if hard is not None and whole is not None:
+        measures.append(f"HLR {whole.mean - hard.mean:.2f}")
+    best, random_best = (max(r.mean for (w, _), r in own.items() if w == which) for which in (DISTILLED, RANDOM_REAL))
+    measures.append(f"IOR {best - random_best:.2f}")
+    n = len(rows[0].last)
+    return f"{network}, n={n}: the distilled set is {', '.join(said)}; {', '.join(measures)}."
+
+
+def _distance(row: Row, other: Row) -> str:
+    """How far the first is from the second: points, their standard error (none for one student), and which way."""
+    points, students = row.mean - other.mean, len(row.last)
+    error = f" ± {math.sqrt((row.std**2 + other.std**2) / students):.2f}" if students > 1 else ""
+    return f"{abs(points):.2f}{error} points {'ahead of' if points >= 0 else 'behind'}"
 
 
 def _share(part: int, whole: int) -> str:

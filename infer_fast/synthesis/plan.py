@@ -28,8 +28,9 @@ class TaskBatch:
 class Plan:
     """What one distillation will do.
 
-    k: base images per class (image mode: images per class); image_bytes counts base images, compensators and their
-    scales and offsets; label_bytes the float16 logits; budget_bytes is classes x ipc x 3*H*W.
+    k: base images per class (image mode: images per class); n: compensators of each teacher; image_bytes counts base
+    images, compensators and their scales and offsets, all raw; label_bytes the float16 logits; budget_bytes is classes
+    x ipc x 3*H*W.
     """
 
     teachers: tuple[str, ...]
@@ -37,6 +38,7 @@ class Plan:
     size: tuple[int, int]
     ipc: int
     k: int
+    n: int
     optimise: str
     iterations: int
     batches: tuple[TaskBatch, ...]
@@ -46,12 +48,22 @@ class Plan:
         return sum(len(batch.indices) for batch in self.batches)
 
     @property
+    def indices(self) -> int:
+        """Tasks of one teacher on the same classes, which are counted from 0."""
+        return self.k if self.optimise == "images" else self.n
+
+    @property
     def compensators(self) -> int:
-        return len(self.teachers) * self.k if self.optimise == "compensator" else 0
+        return len(self.teachers) * self.n
+
+    @property
+    def views(self) -> int:
+        """Instances that are made of each base image."""
+        return 1 + len(self.teachers) if self.n else 1
 
     @property
     def instances(self) -> int:
-        return self.classes * self.k * (len(self.teachers) + 1 if self.optimise == "compensator" else 1)
+        return self.classes * self.k * self.views
 
     @property
     def stored_images(self) -> int:
@@ -70,10 +82,12 @@ class Plan:
         return self.ipc * self.classes * 3 * self.size[0] * self.size[1]
 
 
-def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | Sequence[int] = 1) -> Plan:
+def make_plan(
+    recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | Sequence[int] = 1, k: int | None = None
+) -> Plan:
     """The plan of `recipe` for a dataset of `classes` classes and images of `size`.
 
-    lanes: tasks per batch, for all teachers or for each.
+    lanes: tasks per batch, for all teachers or for each; k: base images per class that fill a budget of bytes.
     Raises InferFastError when ipc is too small for one base image per class.
     """
     settings = recipe.synthesis
@@ -85,18 +99,20 @@ def make_plan(recipe: Recipe, classes: int, size: tuple[int, int], lanes: int | 
     if min(each) < 1:
         raise InferFastError(f"{min(each)} lanes were asked for: it must be at least 1.")
     if settings.optimise == "images":
-        k, teachers, chunk = recipe.ipc, range(1), settings.batch_size
+        k, n, teachers, chunk = recipe.ipc, 0, range(1), settings.batch_size
     else:
-        k, teachers, chunk = _base_images(recipe, classes, size), range(len(recipe.arch_name)), classes
+        k, n = _counts(recipe, classes, size) if k is None else (k, min(k, recipe.store.compensators or 0))
+        teachers, chunk = range(len(recipe.arch_name)), classes
+    indices = k if settings.optimise == "images" else n
     if settings.batch_size < 1:
         raise InferFastError(f"batch size {settings.batch_size} is too small: it must be at least 1.")
     batches = tuple(
-        TaskBatch(teacher, tuple(range(first, min(first + each[teacher], k))), low, min(low + chunk, classes))
+        TaskBatch(teacher, tuple(range(first, min(first + each[teacher], indices))), low, min(low + chunk, classes))
         for teacher in teachers
         for low in range(0, classes, chunk)
-        for first in range(0, k, each[teacher])
+        for first in range(0, indices, each[teacher])
     )
-    return Plan(recipe.arch_name, classes, size, recipe.ipc, k, settings.optimise, settings.iterations, batches)
+    return Plan(recipe.arch_name, classes, size, recipe.ipc, k, n, settings.optimise, settings.iterations, batches)
 
 
 def stored_bytes(k: int, classes: int, compensators: int, size: tuple[int, int]) -> int:
@@ -104,13 +120,21 @@ def stored_bytes(k: int, classes: int, compensators: int, size: tuple[int, int])
     return (k * classes + compensators) * 3 * size[0] * size[1] + compensators * QUANTISATION_BYTES
 
 
-def _base_images(recipe: Recipe, classes: int, size: tuple[int, int]) -> int:
-    """INFER's k, lowered where the scales and offsets would not fit in the budget any more."""
-    teachers = len(recipe.arch_name)
-    k = base_images_per_class(recipe.ipc, teachers, classes)
+def _counts(recipe: Recipe, classes: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(k, n) of a budget of images: INFER's k, lowered where the scales and offsets would not fit any more.
+
+    With n compensators of each teacher asked for, k is the largest that fits beside them.
+    """
+    teachers, asked = len(recipe.arch_name), recipe.store.compensators
     budget = recipe.ipc * classes * 3 * size[0] * size[1]
-    while k > 0 and stored_bytes(k, classes, teachers * k, size) > budget:
+    k = base_images_per_class(recipe.ipc, teachers, classes) if asked is None else recipe.ipc
+    while k > 0 and stored_bytes(k, classes, teachers * _each(asked, k), size) > budget:
         k -= 1
+    if k < 1 and asked is not None:
+        raise InferFastError(
+            f"ipc {recipe.ipc} is too small: a budget of {budget} bytes does not hold one base image per class and "
+            f"{asked} compensators of each of {teachers} teachers (fewer --compensators, or a larger --ipc)."
+        )
     if k < 1:
         least = next(
             n for n in range(recipe.ipc + 1, recipe.ipc + teachers + 3) if base_images_per_class(n, teachers, classes)
@@ -119,4 +143,9 @@ def _base_images(recipe: Recipe, classes: int, size: tuple[int, int]) -> int:
             f"ipc {recipe.ipc} is too small: with {teachers} teachers and {classes} classes the budget of {budget} "
             f"bytes does not hold one base image per class and the compensators (--ipc {least} would)."
         )
-    return k
+    return k, _each(asked, k)
+
+
+def _each(asked: int | None, k: int) -> int:
+    """Compensators of each teacher beside k base images of each class."""
+    return k if asked is None else min(asked, k)

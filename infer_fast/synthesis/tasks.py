@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from infer_fast.data.budget import Base, Storage
 from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
@@ -50,13 +51,13 @@ Results = dict[tuple[int, int, int], TaskResult]  # of (teacher, index, first cl
 class Synthesis:
     """Everything that the results of a plan's tasks depend on.
 
-    base: uint8 (C, k, 3, H, W), on the CPU; execution: as the teachers' device resolves it; chunks: images of a task in
+    base: on the CPU; execution: as the teachers' device resolves it; chunks: images of a task in
     one pass, for each teacher (None: all), which results don't depend on.
     """
 
     plan: Plan
     teachers: Sequence[Teacher]
-    base: torch.Tensor
+    base: Base
     settings: SynthesisSettings
     execution: Execution
     chunks: Sequence[int | None]
@@ -68,7 +69,7 @@ class Synthesis:
         parts = {
             "settings": asdict(self.settings),
             "teachers": [t.sha256 for t in self.teachers],
-            "base": hashlib.sha256(self.base.numpy().data).hexdigest(),
+            "base": hashlib.sha256(self.base.images.numpy().data).hexdigest(),
             "how": [how.precision, how.engine, how.backend, device_of(self.teachers).type],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
@@ -164,7 +165,7 @@ def _solve_batch(
 
 def _start(work: Synthesis, batch: TaskBatch, classes: torch.Tensor) -> torch.Tensor:
     """The normalised images (L, C', 3, H, W) that the batch's lanes start from."""
-    base, settings = work.base, work.settings
+    base, settings = work.base.images, work.settings
     if settings.optimise == "images" and settings.start == "noise":
         shape = (base.shape[0], *base.shape[2:])
         lanes = [
@@ -176,18 +177,29 @@ def _start(work: Synthesis, batch: TaskBatch, classes: torch.Tensor) -> torch.Te
     return pixels_of(settings).normalise(images)
 
 
-def assemble(plan: Plan, base: torch.Tensor, results: Results, dataset: ImageDataset) -> DistilledSet:
+def assemble(work: Synthesis, storage: Storage, results: Results, dataset: ImageDataset) -> DistilledSet:
     """The distilled set of solved tasks, with labels still zero; in image mode one task is in memory at a time."""
+    plan, base = work.plan, work.base
     if plan.optimise == "images":
-        stored, compensators = torch.empty(plan.classes, plan.k, *base.shape[2:], dtype=torch.uint8), None
+        stored, compensators = torch.empty(plan.classes, plan.k, *base.images.shape[2:], dtype=torch.uint8), None
         for (_, index, first), result in results.items():
             images = dataset.pixels.to_bytes(result.optimised)  # (C', 3, H, W)
             stored[first : first + len(images), index] = images
-    else:
+        base = Base(stored) if storage.codec.name == "raw" else storage.coded(stored)
+    elif plan.n:
         dense = torch.stack(
-            [torch.stack([results[m, j, 0].optimised for j in range(plan.k)]) for m in range(len(plan.teachers))]
-        )  # (M, k, 3, H, W)
-        stored, compensators = base, quantise(dense, dataset.pixels.std)
-    views = 1 if compensators is None else 1 + len(plan.teachers)
-    logits = torch.zeros(plan.classes, plan.k, views, plan.classes, dtype=torch.float16)
-    return DistilledSet(stored, compensators, logits, dataset.pixels, dataset.classes)
+            [torch.stack([results[m, j, 0].optimised for j in range(plan.n)]) for m in range(len(plan.teachers))]
+        )  # (M, n, 3, H, W)
+        compensators = quantise(dense, dataset.pixels.std)
+    else:
+        compensators = None
+    logits = torch.zeros(plan.classes, plan.k, plan.views, plan.classes, dtype=torch.float16)
+    return DistilledSet(
+        base.images,
+        compensators,
+        logits,
+        dataset.pixels,
+        dataset.classes,
+        coded=base.coded,
+        label_store=storage.labels,
+    )
