@@ -192,6 +192,11 @@ def channel_statistics(images: torch.Tensor) -> Pixels:
     return Pixels((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
+def smallest_class(dataset: ImageDataset) -> int:
+    """Training images of the class that has the fewest."""
+    return int(dataset.train.labels.bincount(minlength=len(dataset.classes)).min())
+
+
 def draw_of_each_class(dataset: ImageDataset, count: int, generator: torch.Generator) -> torch.Tensor:
     """Positions int64 (C, count) of `count` different training images of each class, on the CPU.
 

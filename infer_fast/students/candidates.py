@@ -14,7 +14,7 @@ from infer_fast.data.augment import augmentation_of
 from infer_fast.data.budget import Base, Storage, filled
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.fkd import epoch_bytes
-from infer_fast.data.images import ImageDataset, Split, draw_of_each_class
+from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, smallest_class
 from infer_fast.data.label_store import AS_FLOAT16, LabelStore
 from infer_fast.data.sets import FileSet, ResidentSet, resident_distilled, resident_split, training_set
 from infer_fast.models.teacher import Teacher
@@ -186,7 +186,7 @@ def _random_coded(evaluation: Evaluation, soft: bool) -> Candidate:
     dataset, distilled = evaluation.dataset, evaluation.distilled
     assert evaluation.budget is not None and distilled.coded is not None
     budget, storage = evaluation.budget, Storage(distilled.coded.codec, distilled.label_store)
-    most = int(dataset.train.labels.bincount(minlength=len(dataset.classes)).min())
+    most = smallest_class(dataset)
 
     @cache
     def base(seed: int) -> Base:

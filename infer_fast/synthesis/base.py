@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from infer_fast.data.budget import SAMPLE, Base, filled, storage_of
 from infer_fast.data.class_folders import has_folders, read_image_set
-from infer_fast.data.images import ImageDataset, draw_of_each_class
+from infer_fast.data.images import ImageDataset, smallest_class
 from infer_fast.errors import InferFastError
+from infer_fast.models.teacher import Teacher
 from infer_fast.recipes import Recipe, SynthesisSettings
+from infer_fast.synthesis.choice import chooser
 from infer_fast.synthesis.plan import Plan
 from infer_fast.synthesis.problem import pixels_of
 from infer_fast.synthesis.views import task_generator
 
 
-def base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path | None = None) -> Base:
-    """uint8 (C, k, 3, H, W) on the CPU: random training images of every class, or those that lie in `given`.
+def base_images(
+    dataset: ImageDataset, recipe: Recipe, plan: Plan, teachers: Sequence[Teacher] = (), given: Path | None = None
+) -> Base:
+    """uint8 (C, k, 3, H, W) on the CPU: training images of every class as the recipe chooses them, or those in `given`.
 
     They are what a student will see: coded and decoded again where the recipe codes them. k is the plan's, or with a
     budget of bytes the largest that fits. given: class folders of images, or tensor_0.pt to tensor_{k-1}.pt, each
@@ -30,18 +35,19 @@ def base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path |
     if recipe.store.budget == "bytes" and given is not None:
         raise InferFastError("--init-path gives as many base images as --budget images counts: choose that budget.")
     if recipe.store.budget == "bytes":
-        return filled(*_draws(dataset, recipe.synthesis.seed), storage, plan.budget_bytes)
-    images = _given(dataset, recipe.synthesis, plan, given) if given is not None else None
-    if images is None:
-        draw, _ = _draws(dataset, recipe.synthesis.seed, plan.k)
-        images = draw(plan.k)
+        return filled(_draw(dataset, recipe, teachers), smallest_class(dataset), storage, plan.budget_bytes)
+    if given is not None:
+        images = _given(dataset, recipe.synthesis, plan, given)
+    else:
+        images = _draw(dataset, recipe, teachers)(plan.k)
     return Base(images) if recipe.store.codec == "raw" else storage.coded(images)
 
 
 def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:
     """About how many base images of each class a budget of bytes holds: by the size of a few."""
-    draw, most = _draws(dataset, recipe.synthesis.seed)
-    storage = storage_of(recipe, recipe.store.compensators or 0)
+    random = replace(recipe, store=replace(recipe.store, choice="random"))  # others take teachers
+    draw, storage = _draw(dataset, random), storage_of(recipe, recipe.store.compensators or 0)
+    most = smallest_class(dataset)
     some = min(most, SAMPLE)
     empty, size = (storage.file_bytes(storage.coded(draw(k))) for k in (1, some))
     each = max(1, (size - empty) // max(1, some - 1))
@@ -49,11 +55,10 @@ def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:
     return max(1, min(most, (budget - empty) // each))
 
 
-def _draws(dataset: ImageDataset, seed: int, least: int = 1) -> tuple[Callable[[int], torch.Tensor], int]:
-    """(draw, most): draw(k) gives k random training images of each class, of which there are `most`."""
-    most = int(dataset.train.labels.bincount(minlength=len(dataset.classes)).min())
-    order = draw_of_each_class(dataset, max(most, least), task_generator(seed, 0, 0, "base images"))
-    return lambda k: dataset.train.at(order[:, :k]).cpu(), most
+def _draw(dataset: ImageDataset, recipe: Recipe, teachers: Sequence[Teacher] = ()) -> Callable[[int], torch.Tensor]:
+    """draw(k): k training images of each class, uint8 (C, k, 3, H, W), as the recipe chooses them."""
+    choose = chooser(dataset, recipe.store.choice, teachers, task_generator(recipe.synthesis.seed, 0, 0, "base images"))
+    return lambda k: dataset.train.at(choose(k)).cpu()
 
 
 def _given(dataset: ImageDataset, settings: SynthesisSettings, plan: Plan, given: Path) -> torch.Tensor:

@@ -50,7 +50,7 @@ def test_a_budget_of_bytes_is_filled_with_the_same_draw(tiny_dataset):
 
 def test_given_base_images_do_not_fill_a_budget(tiny_dataset, tmp_path):
     with pytest.raises(InferFastError, match="--init-path"):
-        base_images(tiny_dataset, BYTES, plan_of(tiny_dataset, BYTES, 2), Path(tmp_path))
+        base_images(tiny_dataset, BYTES, plan_of(tiny_dataset, BYTES, 2), given=Path(tmp_path))
 
 
 @pytest.mark.parametrize("asked, expected", [(None, (8, 8)), (0, (10, 0)), (1, (9, 1)), (3, (9, 3)), (20, (8, 8))])
