@@ -121,7 +121,10 @@ def test_missing_damaged_and_mismatched_sets_are_errors(generator, tmp_path):
 def test_coded_sets_go_to_the_disk_and_back(generator, tmp_path, own, labels):
     plain = make(generator, size=8)
     coded, base = encode(plain.base, own)
-    distilled = replace(plain, base=base, coded=coded, label_store=labels, logits=labels.rounded(plain.logits))
+    card = replace(plain.card, pixels=coded.digest)
+    distilled = replace(
+        plain, base=base, coded=coded, label_store=labels, logits=labels.rounded(plain.logits), card=card
+    )
     write(distilled, tmp_path)
     assert distilled.file_bytes == (tmp_path / "distilled.safetensors").stat().st_size
     assert distilled.image_bytes + distilled.label_bytes < distilled.file_bytes
@@ -132,6 +135,9 @@ def test_coded_sets_go_to_the_disk_and_back(generator, tmp_path, own, labels):
     before = (tmp_path / "distilled.safetensors").read_bytes()
     again.save(tmp_path)
     assert (tmp_path / "distilled.safetensors").read_bytes() == before
+    plain.card.write(tmp_path)
+    with pytest.raises(InferFastError, match="the card is that of other base images"):
+        infer_fast.load(tmp_path)
 
 
 def test_a_damaged_coded_set_is_named(generator, tmp_path):
