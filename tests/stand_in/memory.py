@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from infer_fast.data.budget import Base
 from infer_fast.models.execution import Execution
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.models.teacher import Teacher
@@ -66,7 +67,7 @@ def held_at(kind: type, method: str) -> Iterator[list[int]]:
 def check_a_replaced_teacher_leaves_nothing():
     names, size = ("convnet", "convnet-residual", "convnet-silu"), (16, 16)
     plan = make_plan(Recipe(arch_name=names, ipc=4, synthesis=SETTINGS), CLASSES, size, lanes=2)
-    base = torch.randint(0, 256, (CLASSES, plan.k, 3, *size), dtype=torch.uint8)
+    base = Base(torch.randint(0, 256, (CLASSES, plan.k, 3, *size), dtype=torch.uint8))
     with without_collector(), tempfile.TemporaryDirectory() as folder:
         teachers = [Teacher(name, trained(name, 16).to(DEVICE), 0.0, Path(), name) for name in names]
         work = Synthesis(plan, teachers, base, SETTINGS, Execution().on(DEVICE), [None] * len(names))
