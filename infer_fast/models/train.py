@@ -161,6 +161,23 @@ def predict(
     return torch.cat(logits)
 
 
+def features(network: nn.Module, images: Callable[[torch.Tensor], torch.Tensor], count: int) -> torch.Tensor:
+    """What the last linear layer of `network` is given for images(positions), positions 0..count-1: float32 (count, D).
+
+    On the CPU. Raises InferFastError for a network without a linear layer.
+    """
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise InferFastError(f"{type(network).__name__} has no linear layer, whose input would be its features.")
+    seen: list[torch.Tensor] = []
+    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
+    try:
+        predict(network, images, count)
+    finally:
+        handle.remove()
+    return torch.cat(seen).flatten(1)
+
+
 def accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
     """Top-k accuracy in percent (100 where there are no more than k classes)."""
     best = logits.topk(min(top, logits.shape[1]), dim=1).indices

@@ -14,33 +14,15 @@ import torch
 from torch import nn
 
 from infer_fast.data.images import ImageDataset
-from infer_fast.errors import InferFastError
 from infer_fast.extras import require
 from infer_fast.files import write_bytes
-from infer_fast.models.train import predict
+from infer_fast.models.train import features
 from infer_fast.progress import stage
 from infer_fast.students.candidates import Evaluation, candidates
 from infer_fast.students.training import train_student
 
 CLASSES, EACH = 10, 60  # at most so many classes, and test images of each
 PERPLEXITY = 30.0
-
-
-def features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the last linear layer of `network` sees, float32 (N, D), for normalised images (N, 3, H, W).
-
-    Raises InferFastError for a network without a linear layer.
-    """
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise InferFastError(f"{type(network).__name__} has no linear layer whose input could be drawn.")
-    seen: list[torch.Tensor] = []
-    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
-    try:
-        predict(network, lambda p: images[p], len(images))
-    finally:
-        handle.remove()
-    return torch.cat(seen).flatten(1)
 
 
 def picture(evaluation: Evaluation, path: Path) -> Path:
@@ -69,12 +51,14 @@ def draw(networks: Mapping[str, nn.Module], dataset: ImageDataset, path: Path, s
 
     shown = range(min(CLASSES, len(dataset.classes)))
     positions = torch.cat([torch.nonzero(dataset.test.labels == c).flatten()[:EACH] for c in shown])
-    images = dataset.pixels.normalise(dataset.test.at(positions))
+    count, images = len(positions), dataset.pixels.normalise(dataset.test.at(positions))
     labels = dataset.test.labels[positions].cpu().numpy()
     perplexity = min(PERPLEXITY, (len(positions) - 1) / 3)
     figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 5), squeeze=False)
     for axis, (name, network) in zip(axes[0], networks.items(), strict=True):
-        points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(features(network, images))
+        points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(
+            features(network, lambda p: images[p], count)
+        )
         for c in shown:
             axis.scatter(*points[labels == c].T, s=9, label=dataset.classes[c])
         axis.set_title(name, fontsize=10)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 from infer_fast.data.images import ImageDataset, draw_of_each_class
 from infer_fast.errors import InferFastError
 from infer_fast.models.teacher import Teacher
-from infer_fast.models.train import predict
+from infer_fast.models.train import features
 
 ROUNDS = 15  # of k-means
 CLOSEST = 64  # images that are looked at for one that no other centre has
@@ -26,7 +25,7 @@ def chooser(
     if how == "random":
         state = generator.get_state()
         return lambda k: draw_of_each_class(dataset, k, torch.Generator().set_state(state))
-    features = features_of(dataset, teachers)
+    points = features_of(dataset, teachers)
     labels, seed = dataset.train.labels.cpu(), int(torch.randint(0, 2**62, (1,), generator=generator))
 
     def choose(k: int) -> torch.Tensor:
@@ -35,23 +34,21 @@ def chooser(
             own = (labels == label).nonzero().flatten()
             if len(own) < k:
                 raise InferFastError(f"Class {name!r} has {len(own)} training images, fewer than {k}: lower --ipc.")
-            rows.append(own[medoids(features[own], k, torch.Generator().manual_seed(seed + label))])
+            rows.append(own[medoids(points[own], k, torch.Generator().manual_seed(seed + label))])
         return torch.stack(rows)
 
     return choose
 
 
 def features_of(dataset: ImageDataset, teachers: Sequence[Teacher]) -> torch.Tensor:
-    """What every teacher's last linear layer is given, side by side, each in units of its deviation: float32 (N, F)."""
+    """What every teacher's last linear layer is given, side by side, each in units of its deviation: float32 (N, F).
+
+    Raises InferFastError for a teacher without a linear layer.
+    """
     found = []
     for teacher in teachers:
-        *_, last = (m for m in teacher.network.modules() if isinstance(m, nn.Linear))
-        kept: list[torch.Tensor] = []
-        hook = last.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(given[0].flatten(1).cpu()))
-        predict(teacher.network, lambda p: dataset.pixels.normalise(dataset.train.at(p)), len(dataset.train))
-        hook.remove()
-        features = torch.cat(kept)
-        found.append(features / features.std().clamp(min=1e-12))
+        own = features(teacher.network, lambda p: dataset.pixels.normalise(dataset.train.at(p)), len(dataset.train))
+        found.append(own / own.std().clamp(min=1e-12))
     return torch.cat(found, dim=1)
 
 

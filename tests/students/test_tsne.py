@@ -10,16 +10,17 @@ from infer_fast.data.class_folders import Reading, read_test_folders
 from infer_fast.data.images import FileSplit, image_dataset
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
-from infer_fast.students.tsne import draw, features
+from infer_fast.models.train import features
+from infer_fast.students.tsne import draw
 
 
 def test_features_are_the_last_linear_layers_input(generator):
     network = build("convnet", 4, (8, 8), seed=0).eval()
     images = torch.randn(5, 3, 8, 8, generator=generator)
-    seen = features(network, images)
+    seen = features(network, lambda p: images[p], len(images))
     torch.testing.assert_close(network.classifier(seen), network(images), atol=1e-4, rtol=1e-4)
     with pytest.raises(InferFastError, match="no linear layer"):
-        features(nn.Identity(), images)
+        features(nn.Identity(), lambda p: images[p], len(images))
 
 
 def test_the_picture_has_a_panel_for_each_network(tiny_dataset, tmp_path):
