@@ -20,6 +20,7 @@ import torch
 from tyro.conf import arg
 
 from infer_fast import cli
+from infer_fast.curve import check_curve, points, write_curve
 from infer_fast.data.card import CARD, Row, read_card
 from infer_fast.data.class_folders import has_folders, read_image_set
 from infer_fast.data.distilled import TENSORS, DistilledSet, load
@@ -84,6 +85,8 @@ class ValidateOptions:
     """the key to log in with; None: as wandb is logged in"""
     tsne: bool = False
     """also draw t-SNE of a student's features, distilled-trained beside random-trained: tsne.png"""
+    budgets: tuple[str, ...] = ()
+    """also draw accuracy against bytes at these shares of the set's budget, such as 25% 50% 100% 200%: curve.png"""
     output_dir: Path | None = None
     """where table.md and students.json go; None: the distilled set's folder"""
     student: Annotated[StudentSettings, arg(name="")] = field(default_factory=StudentSettings)
@@ -208,7 +211,8 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
     dataset = dataset.to(cli.device())
     distilled = _part(whole, options)
     named = bool(options.arch_name)
-    needed = options.compare != "none" or options.tsne or named or set(options.student.labels) & {"dynamic", "fkd"}
+    drawn = options.tsne or bool(options.budgets)
+    needed = options.compare != "none" or drawn or named or set(options.student.labels) & {"dynamic", "fkd"}
     teachers = _labellers(whole, options, dataset) if needed else []
     if named:
         distilled = relabel(distilled, teachers)
@@ -307,11 +311,14 @@ def _main(args: list[str]) -> None:
     log.check()
     if options.tsne:
         require("matplotlib", "--tsne")
+    shares = check_curve(options.budgets) if options.budgets else []
     evaluation = evaluation_of(options, recipe)
     output = options.output_dir or options.syn_data_path
     if not options.resume:
         (output / STORE).unlink(missing_ok=True)
     present(evaluation, validate(evaluation), output, log)
+    if shares:
+        print(f"\n{write_curve(points(evaluation, recipe, shares, validate), output)}")
     if options.tsne:
         print(f"\n{tsne.picture(evaluation, output / 'tsne.png')}")
 

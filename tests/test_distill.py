@@ -351,5 +351,16 @@ def test_a_budget_of_bytes_counts_the_whole_file(tmp_path, run_module, small_fla
     assert "webp of quality 100, grey; the whole file has" in (run / "README.md").read_text()
     again = run_module("validate", f"--syn-data-path={run}")
     assert again.returncode == 0 and (run / "table.md").read_text() in again.stdout
+    drawn = run_module("validate", f"--syn-data-path={run}", "--compare=random", "--budgets", "75%", "100%")
+    assert drawn.returncode == 0 and drawn.stdout.strip().endswith("curve.png"), drawn.stderr
+    curve = json.loads((run / "curve.json").read_text())["points"]
+    assert [point["budget"] for point in curve] == [5760, 7680]
+    for point in curve:
+        rows = {row["trained_on"]: row for row in point["rows"]}
+        assert set(rows) == {"distilled", "random real, coded", "random real"}
+        assert all(row["image_bytes"] + row["label_bytes"] <= point["budget"] for row in rows.values())
+    assert curve[0]["rows"][0]["instances"] < curve[1]["rows"][0]["instances"] == len(distilled)
+    assert abs(curve[0]["rows"][0]["updates"] - curve[1]["rows"][0]["updates"]) <= 10
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     labelled = run_module("relabel", f"--syn-data-path={run}")
     assert "same labels as before" in labelled.stdout and weight == (run / "distilled.safetensors").stat().st_size

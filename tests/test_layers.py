@@ -20,7 +20,7 @@ STOREYS = (  # from the ground up; rooms in one pair of braces may import each o
     {"students"},
     {"", "cli"},
     {"squeeze"},
-    {"relabel", "report", "export", "dry_run"},
+    {"relabel", "report", "export", "dry_run", "curve"},
     {"validate"},
     {"distill"},
 )

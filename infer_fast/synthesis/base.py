@@ -35,18 +35,18 @@ def base_images(
     if recipe.store.budget == "bytes" and given is not None:
         raise InferFastError("--init-path gives as many base images as --budget images counts: choose that budget.")
     if recipe.store.budget == "bytes":
-        return filled(_draw(dataset, recipe, teachers), smallest_class(dataset), storage, plan.budget_bytes)
+        return filled(drawn(dataset, recipe, teachers), smallest_class(dataset), storage, plan.budget_bytes)
     if given is not None:
         images = _given(dataset, recipe.synthesis, plan, given)
     else:
-        images = _draw(dataset, recipe, teachers)(plan.k)
+        images = drawn(dataset, recipe, teachers)(plan.k)
     return Base(images) if recipe.store.codec == "raw" else storage.coded(images)
 
 
 def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:
     """About how many base images of each class a budget of bytes holds: by the size of a few."""
     random = replace(recipe, store=replace(recipe.store, choice="random"))  # others take teachers
-    draw, storage = _draw(dataset, random), storage_of(recipe, recipe.store.compensators or 0)
+    draw, storage = drawn(dataset, random), storage_of(recipe, recipe.store.compensators or 0)
     most = smallest_class(dataset)
     some = min(most, SAMPLE)
     empty, size = (storage.file_bytes(storage.coded(draw(k))) for k in (1, some))
@@ -55,8 +55,8 @@ def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:
     return max(1, min(most, (budget - empty) // each))
 
 
-def _draw(dataset: ImageDataset, recipe: Recipe, teachers: Sequence[Teacher] = ()) -> Callable[[int], torch.Tensor]:
-    """draw(k): k training images of each class, uint8 (C, k, 3, H, W), as the recipe chooses them."""
+def drawn(dataset: ImageDataset, recipe: Recipe, teachers: Sequence[Teacher] = ()) -> Callable[[int], torch.Tensor]:
+    """draw(k): k training images of each class, uint8 (C, k, 3, H, W) on the CPU, as the recipe chooses them."""
     choose = chooser(dataset, recipe.store.choice, teachers, task_generator(recipe.synthesis.seed, 0, 0, "base images"))
     return lambda k: dataset.train.at(choose(k)).cpu()
 
