@@ -23,8 +23,8 @@ from tyro.conf import arg
 
 import infer_fast
 from infer_fast import cli
-from infer_fast.data.budget import Base, storage_of
-from infer_fast.data.card import ByteCard, Card, DatasetCard, ExecutionCard, Row, TaskCard, TeacherCard, VersionCard
+from infer_fast.data.budget import Base, storage_of, weighed
+from infer_fast.data.card import Card, DatasetCard, ExecutionCard, Row, TaskCard, TeacherCard, VersionCard
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.images import ImageDataset
 from infer_fast.data.loader import check_loader
@@ -180,14 +180,7 @@ class Job:
             ),
             k=plan.k,
             ipc=plan.ipc,
-            bytes=ByteCard(
-                images=distilled.image_bytes,
-                budget=plan.budget_bytes,
-                labels=distilled.label_bytes,
-                dataset=whole,
-                ratio=whole / distilled.image_bytes,
-                file=distilled.file_bytes if self.recipe.store.budget == "bytes" else None,
-            ),
+            bytes=weighed(distilled, plan.budget_bytes, whole, whole_file=self.recipe.store.budget == "bytes"),
             pixels=None if distilled.coded is None else distilled.coded.digest,
             tasks=tuple(
                 TaskCard(plan.teachers[m], j, losses[0], losses[-1])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from infer_fast.data.card import ByteCard
 from infer_fast.data.codec import Codec, Coded, encode
 from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.data.label_store import LabelStore
@@ -89,3 +90,16 @@ def filled(draw: Callable[[int], torch.Tensor], most: int, storage: Storage, bud
             "raise --ipc, or choose another --codec, --quality, --label-bits or fewer --compensators."
         )
     return best
+
+
+def weighed(distilled: DistilledSet, budget: int, dataset: int, *, whole_file: bool) -> ByteCard:
+    """What a set weighs; dataset: bytes of the decoded training images; whole_file: whether the budget counts that."""
+    file = distilled.file_bytes if whole_file else None
+    return ByteCard(
+        images=distilled.image_bytes,
+        budget=budget,
+        labels=distilled.label_bytes,
+        dataset=dataset,
+        ratio=dataset / (file or distilled.image_bytes),
+        file=file,
+    )

@@ -47,8 +47,8 @@ class TeacherCard:
 
 @dataclass(frozen=True)
 class ByteCard:
-    """What the set weighs, in bytes; dataset: the decoded training images; ratio: dataset over images; file: all of
-    distilled.safetensors, where the budget counts it."""
+    """What the set weighs, in bytes; dataset: the decoded training images; file: all of distilled.safetensors, where
+    the budget counts it; ratio: dataset over that, else over images."""
 
     images: int
     budget: int
