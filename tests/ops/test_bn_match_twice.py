@@ -69,7 +69,7 @@ def placed(tensor, device, layout="contiguous"):
 @pytest.mark.parametrize("where", EVERYWHERE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (3, 1, 1, 1), (6, 8, 4, 2)])
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (48, 1, 1, 1), (6, 8, 4, 2)])
 def test_both_gradients_are_added(generator, where, layout, dtype, shape):
     backend, device = where
     for activation, with_residual in itertools.product(ACTIVATIONS, (False, True)):
