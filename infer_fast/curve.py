@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from infer_fast.data.budget import Storage, filled
+from infer_fast.data.budget import Storage, filled, unlabelled
 from infer_fast.data.card import Row
-from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.images import smallest_class
 from infer_fast.errors import InferFastError
 from infer_fast.extras import require
@@ -56,17 +55,7 @@ def points(evaluation: Evaluation, recipe: Recipe, shares: Sequence[float], judg
     found = {}
     for share in shares:
         base = filled(draw, most, storage, int(share * budget))
-        k = base.images.shape[1]
-        logits = distilled.logits.new_zeros(len(base.images), k, distilled.views_per_base, len(base.images))
-        own = DistilledSet(
-            base.images,
-            added,
-            logits,
-            distilled.pixels,
-            distilled.classes,
-            coded=base.coded,
-            label_store=distilled.label_store,
-        )
+        own = unlabelled(base, added, distilled.label_store, dataset)
         there = replace(
             evaluation,
             distilled=relabel(own, evaluation.teachers),

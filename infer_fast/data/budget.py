@@ -11,9 +11,11 @@ import torch
 from infer_fast.data.card import ByteCard
 from infer_fast.data.codec import Codec, Coded, encode
 from infer_fast.data.distilled import DistilledSet, quantise
+from infer_fast.data.images import ImageDataset
 from infer_fast.data.label_store import LabelStore
 from infer_fast.data.pixels import AS_STORED
 from infer_fast.errors import InferFastError
+from infer_fast.ops import Quantised
 from infer_fast.recipes import Recipe
 
 HEADER = 64  # bytes by which numbers in a header may be longer than those that are written for now
@@ -57,6 +59,16 @@ class Storage:
         names = tuple(map(str, range(classes)))
         empty = DistilledSet(base.images, compensators, logits, AS_STORED, names, None, base.coded, self.labels)
         return empty.file_bytes + HEADER
+
+
+def unlabelled(base: Base, compensators: Quantised | None, labels: LabelStore, dataset: ImageDataset) -> DistilledSet:
+    """The set of these images and compensators, with labels still zero; labels: how they will be stored."""
+    classes, k = base.images.shape[:2]
+    views = 1 if compensators is None else 1 + len(compensators.values)
+    logits = torch.zeros(classes, k, views, classes, dtype=torch.float16)
+    return DistilledSet(
+        base.images, compensators, logits, dataset.pixels, dataset.classes, coded=base.coded, label_store=labels
+    )
 
 
 def storage_of(recipe: Recipe, compensators: int) -> Storage:

@@ -54,7 +54,7 @@ class FrozenConv2d(_Frozen):
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv)
         assert not isinstance(conv.padding, str)  # freeze leaves those as they are
-        self.rest = (_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
+        self.rest = (pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
 
     def apply_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return frozen_conv2d(x, weight, bias, *self.rest)
@@ -67,9 +67,9 @@ class FrozenLinear(_Frozen):
         return F.linear(x, weight, bias)
 
 
-def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """Of a Conv2d, whose tuples have two numbers each: torch's types don't say so."""
-    rows, columns = sizes
+def pair(sizes: int | tuple[int, ...]) -> tuple[int, int]:
+    """(vertical, horizontal) of what torch's layers take: one number for both, or two."""
+    rows, columns = (sizes, sizes) if isinstance(sizes, int) else sizes
     return rows, columns
 
 

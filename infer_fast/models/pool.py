@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from infer_fast.models.frozen import pair
 from infer_fast.ops import max_pool
 from infer_fast.ops.max_pool import LARGEST
 
@@ -14,7 +15,7 @@ class FrozenMaxPool2d(nn.Module):
 
     def __init__(self, pool: nn.MaxPool2d, backend: str | None = None):
         super().__init__()
-        self.window = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
+        self.window = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
         self.ceil_mode, self.backend = pool.ceil_mode, backend
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -32,11 +33,5 @@ def freeze_pooling(network: nn.Module, backend: str | None = None) -> nn.Module:
 
 def _served(pool: nn.MaxPool2d) -> bool:
     """Whether the op does it."""
-    undilated = _pair(pool.dilation) == (1, 1)
-    return undilated and not pool.return_indices and max(_pair(pool.kernel_size)) <= LARGEST
-
-
-def _pair(sizes: int | tuple[int, ...]) -> tuple[int, int]:
-    """(vertical, horizontal) of what MaxPool2d takes: one number for both, or two."""
-    rows, columns = (sizes, sizes) if isinstance(sizes, int) else sizes
-    return rows, columns
+    undilated = pair(pool.dilation) == (1, 1)
+    return undilated and not pool.return_indices and max(pair(pool.kernel_size)) <= LARGEST

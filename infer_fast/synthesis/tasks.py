@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from infer_fast.data.budget import Base, Storage
+from infer_fast.data.budget import Base, Storage, unlabelled
 from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
@@ -193,13 +193,4 @@ def assemble(work: Synthesis, storage: Storage, results: Results, dataset: Image
         compensators = quantise(dense, dataset.pixels.std)
     else:
         compensators = None
-    logits = torch.zeros(plan.classes, plan.k, plan.views, plan.classes, dtype=torch.float16)
-    return DistilledSet(
-        base.images,
-        compensators,
-        logits,
-        dataset.pixels,
-        dataset.classes,
-        coded=base.coded,
-        label_store=storage.labels,
-    )
+    return unlabelled(base, compensators, storage.labels, dataset)
