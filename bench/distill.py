@@ -27,7 +27,8 @@ from infer_fast.models import build
 from infer_fast.models.engine import capture
 from infer_fast.models.execution import Execution, at_precision, processor_has_bfloat16
 from infer_fast.models.frozen import freeze
-from infer_fast.recipes import INFER_TEACHERS, RECIPES, SynthesisSettings
+from infer_fast.recipes import INFER_TEACHERS, RECIPES
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis import Views, draw_views
 from infer_fast.synthesis.plan import make_plan
 from infer_fast.synthesis.solver import Solver

@@ -20,7 +20,8 @@ import torch
 from bench import measure, published
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
-from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
+from infer_fast.recipes import INFER_TEACHERS
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.solver import Solver
 

@@ -26,7 +26,8 @@ from infer_fast.data.sets import resident_distilled
 from infer_fast.models import build
 from infer_fast.models.teacher import Teacher
 from infer_fast.models.train import Schedule, Training, fit, predict, soft_loss
-from infer_fast.recipes import SynthesisSettings, base_images_per_class
+from infer_fast.recipes import base_images_per_class
+from infer_fast.settings import SynthesisSettings
 from infer_fast.students.labels import averaged_logits
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.solver import Solver

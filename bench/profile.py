@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import measure
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.solver import Loop, Solver
 

@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import hflip, resized_crop
 
 from infer_fast.models.convnet import HalvingPool
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis import Views
 
 Channels = tuple[float, float, float]

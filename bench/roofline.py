@@ -35,7 +35,8 @@ from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops import adam, bn_match_operator, objective, view
 from infer_fast.ops.max_pool import _backward as unpool
 from infer_fast.ops.max_pool import _forward as pool
-from infer_fast.recipes import INFER_TEACHERS, SynthesisSettings
+from infer_fast.recipes import INFER_TEACHERS
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis import draw_views
 from infer_fast.synthesis.iteration import iterate, start_state
 from infer_fast.synthesis.problem import Problem

@@ -17,7 +17,8 @@ import tyro
 
 from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
 from infer_fast.ops.backend import native
-from infer_fast.recipes import RECIPES, Recipe
+from infer_fast.recipes import RECIPES
+from infer_fast.settings import Recipe
 
 Options = TypeVar("Options")
 

@@ -16,8 +16,8 @@ from infer_fast.data.images import smallest_class
 from infer_fast.errors import InferFastError
 from infer_fast.extras import require
 from infer_fast.files import write_atomically, write_json
-from infer_fast.recipes import Recipe
 from infer_fast.relabel import relabel
+from infer_fast.settings import Recipe
 from infer_fast.students.candidates import Evaluation
 from infer_fast.synthesis.base import drawn
 

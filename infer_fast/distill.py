@@ -36,9 +36,10 @@ from infer_fast.files import write_json
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher
 from infer_fast.progress import Clock
-from infer_fast.recipes import RECIPES, Engine, Precision, Recipe
+from infer_fast.recipes import RECIPES
 from infer_fast.relabel import relabel
 from infer_fast.report import write_report
+from infer_fast.settings import Engine, Precision, Recipe
 from infer_fast.squeeze import Origin, squeeze
 from infer_fast.students.candidates import Evaluation
 from infer_fast.students.results import WandbRun

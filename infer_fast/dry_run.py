@@ -16,7 +16,8 @@ from infer_fast.data.fkd import epoch_bytes
 from infer_fast.data.images import ImageDataset
 from infer_fast.models import MatchedTeacher, build
 from infer_fast.models.teacher import Teacher
-from infer_fast.recipes import DATASETS, RECIPES, Recipe, StoreSettings, StudentSettings
+from infer_fast.recipes import DATASETS, RECIPES
+from infer_fast.settings import Recipe, StoreSettings, StudentSettings
 from infer_fast.students.candidates import DISTILLED, epochs_of, kinds
 from infer_fast.synthesis.memory import Room
 from infer_fast.synthesis.plan import Plan, make_plan

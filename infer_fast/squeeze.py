@@ -32,7 +32,8 @@ from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher, load_teacher, save_teacher
 from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict
 from infer_fast.progress import Stage, stage
-from infer_fast.recipes import RECIPES, Recipe, SqueezeSettings
+from infer_fast.recipes import RECIPES
+from infer_fast.settings import Recipe, SqueezeSettings
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from infer_fast.extras import require
 from infer_fast.models.checkpoint import recorded
 from infer_fast.models.teacher import Teacher
 from infer_fast.progress import stage
-from infer_fast.recipes import IMAGENET_WEIGHTS, Recipe, SqueezeSettings, StudentSettings, base_images_per_class
+from infer_fast.recipes import IMAGENET_WEIGHTS, base_images_per_class
 from infer_fast.relabel import relabel, teachers_of
+from infer_fast.settings import Recipe, SqueezeSettings, StudentSettings
 from infer_fast.squeeze import Origin, squeeze
 from infer_fast.students import tsne
 from infer_fast.students.candidates import Candidate, Compare, Evaluation, candidates

@@ -21,7 +21,7 @@ from infer_fast.models.execution import Execution
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.models.teacher import Teacher
 from infer_fast.models.train import Schedule, Training, fit, soft_loss
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.students.labels import averaged_logits
 from infer_fast.synthesis import draw_views
 

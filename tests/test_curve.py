@@ -4,7 +4,7 @@ import pytest
 
 from infer_fast.curve import points, shares_of
 from infer_fast.errors import InferFastError
-from infer_fast.recipes import Recipe
+from infer_fast.settings import Recipe
 from infer_fast.students.candidates import Evaluation
 from infer_fast.validate import validate
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from infer_fast.dry_run import _validation_seconds
-from infer_fast.recipes import RECIPES, StudentSettings
+from infer_fast.recipes import RECIPES
+from infer_fast.settings import StudentSettings
 from infer_fast.students.candidates import Evaluation, candidates, epochs_of, kinds
 from infer_fast.synthesis.plan import make_plan
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from infer_fast.models import MatchedTeacher, build
 from infer_fast.models.pool import freeze_pooling
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis import draw_views, problem
 from infer_fast.synthesis.iteration import iterate, start_state
 from infer_fast.synthesis.problem import Problem

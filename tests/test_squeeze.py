@@ -10,7 +10,7 @@ from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.models.checkpoint import file_hash
 from infer_fast.models.teacher import load_teacher
-from infer_fast.recipes import SqueezeSettings
+from infer_fast.settings import SqueezeSettings
 from infer_fast.squeeze import Origin, squeeze
 
 SETTINGS = SqueezeSettings(epochs=6, batch_size=12, lr=0.05, padding=0, flip=False)

@@ -22,7 +22,7 @@ from infer_fast.export import export
 from infer_fast.files import read_tensors
 from infer_fast.models import build
 from infer_fast.models.teacher import Teacher
-from infer_fast.recipes import StudentSettings
+from infer_fast.settings import StudentSettings
 from infer_fast.students import training as students
 from infer_fast.students.candidates import Evaluation, candidates
 from infer_fast.students.labels import dynamic_labels, record_labels

@@ -10,7 +10,7 @@ import torch
 
 from infer_fast.data.crops import draw_crops
 from infer_fast.errors import InferFastError
-from infer_fast.recipes import StudentSettings
+from infer_fast.settings import StudentSettings
 
 MIXES = ("mixup", "cutmix", "none")
 

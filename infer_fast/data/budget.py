@@ -16,7 +16,7 @@ from infer_fast.data.label_store import LabelStore
 from infer_fast.data.pixels import AS_STORED
 from infer_fast.errors import InferFastError
 from infer_fast.ops import Quantised
-from infer_fast.recipes import Recipe
+from infer_fast.settings import Recipe
 
 HEADER = 64  # bytes by which numbers in a header may be longer than those that are written for now
 SAMPLE = 8  # images of each class whose coded size the search begins with

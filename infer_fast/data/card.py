@@ -8,7 +8,7 @@ from pathlib import Path
 
 from infer_fast.data.pixels import Pixels
 from infer_fast.files import read_json_as, write_json
-from infer_fast.recipes import ADDED_LATER, Recipe
+from infer_fast.settings import ADDED_LATER, Recipe
 
 CARD = "card.json"
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError, InferFastWarning, first_line, out_of_memory
-from infer_fast.recipes import Engine
+from infer_fast.settings import Engine
 
 ENGINES = get_args(Engine)
 WARM_UP = 3  # iterations before a capture: libraries choose their algorithms, Triton tunes its kernels

@@ -12,7 +12,7 @@ import torch
 
 from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models.engine import choose_engine
-from infer_fast.recipes import Precision
+from infer_fast.settings import Precision
 
 PRECISIONS = get_args(Precision)
 AUTOCAST = {"float32": False, "tf32": False, "bfloat16": True}  # the precisions that a pass can have

@@ -18,7 +18,7 @@ from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, smal
 from infer_fast.data.label_store import AS_FLOAT16, LabelStore
 from infer_fast.data.sets import FileSet, ResidentSet, resident_distilled, resident_split, training_set
 from infer_fast.models.teacher import Teacher
-from infer_fast.recipes import StudentSettings
+from infer_fast.settings import StudentSettings
 from infer_fast.students.labels import averaged_logits, dynamic_labels
 
 Compare = Literal["none", "random", "all"]

@@ -23,7 +23,7 @@ from infer_fast.models.fold import folded
 from infer_fast.models.teacher import Teacher, device_of
 from infer_fast.models.train import predict
 from infer_fast.progress import stage
-from infer_fast.recipes import StudentSettings
+from infer_fast.settings import StudentSettings
 
 
 def averaged_logits(

@@ -17,7 +17,7 @@ from infer_fast.models import build
 from infer_fast.models.execution import Execution
 from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict, soft_loss
 from infer_fast.progress import Stage
-from infer_fast.recipes import StudentSettings
+from infer_fast.settings import StudentSettings
 from infer_fast.students.candidates import Candidate, Evaluation
 from infer_fast.students.results import Measured, ResultStore
 

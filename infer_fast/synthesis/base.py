@@ -13,7 +13,7 @@ from infer_fast.data.class_folders import has_folders, read_image_set
 from infer_fast.data.images import ImageDataset, smallest_class
 from infer_fast.errors import InferFastError
 from infer_fast.models.teacher import Teacher
-from infer_fast.recipes import Recipe, SynthesisSettings
+from infer_fast.settings import Recipe, SynthesisSettings
 from infer_fast.synthesis.choice import chooser
 from infer_fast.synthesis.plan import Plan
 from infer_fast.synthesis.problem import pixels_of

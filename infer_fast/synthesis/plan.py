@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from infer_fast.data.distilled import QUANTISATION_BYTES
 from infer_fast.errors import InferFastError
-from infer_fast.recipes import Recipe, base_images_per_class
+from infer_fast.recipes import base_images_per_class
+from infer_fast.settings import Recipe
 
 
 @dataclass(frozen=True)

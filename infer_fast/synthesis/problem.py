@@ -28,7 +28,7 @@ from infer_fast.models.execution import at_precision, dtype_of
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops import lane_loss, perturb_
 from infer_fast.ops.bn_match import Statistics, pooled
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis.views import View, Views, apply_view, seen
 
 

@@ -15,7 +15,7 @@ from infer_fast.models.engine import CaptureError, capture, compiled, compiling,
 from infer_fast.models.execution import AUTO, Execution
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops.adam import adam_
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis.iteration import AdamState, iterate, start_state
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views

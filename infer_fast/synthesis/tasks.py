@@ -20,7 +20,8 @@ from infer_fast.models.engine import release
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher, device_of
 from infer_fast.progress import stage
-from infer_fast.recipes import SKIPPED_BATCHNORMS, SynthesisSettings
+from infer_fast.recipes import SKIPPED_BATCHNORMS
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis.plan import Plan, TaskBatch
 from infer_fast.synthesis.problem import pixels_of
 from infer_fast.synthesis.solver import LOG_EVERY, NonFiniteLossError, Solver

@@ -11,7 +11,8 @@ from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.data.label_store import AS_FLOAT16, LabelStore
 from infer_fast.data.pixels import AS_STORED
 from infer_fast.errors import InferFastError
-from infer_fast.recipes import RECIPES, StoreSettings
+from infer_fast.recipes import RECIPES
+from infer_fast.settings import StoreSettings
 
 STORAGES = [
     Storage(Codec("raw", 0), AS_FLOAT16),

@@ -13,7 +13,7 @@ from torch import nn
 from infer_fast.errors import InferFastWarning
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis.solver import Solver
 from tests.stand_in.emulation import emulated, value
 

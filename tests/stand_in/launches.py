@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from infer_fast.models import build
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis.solver import Solver
 from infer_fast.synthesis.views import draw_views
 from tests.stand_in.record import idle, runtime

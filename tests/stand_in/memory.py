@@ -22,7 +22,7 @@ from infer_fast.data.budget import Base
 from infer_fast.models.execution import Execution
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.models.teacher import Teacher
-from infer_fast.recipes import Recipe
+from infer_fast.settings import Recipe
 from infer_fast.synthesis.plan import make_plan
 from infer_fast.synthesis.problem import Problem
 from infer_fast.synthesis.solver import Solver

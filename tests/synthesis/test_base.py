@@ -9,7 +9,7 @@ import torch
 from infer_fast.data.budget import storage_of
 from infer_fast.data.images import draw_of_each_class
 from infer_fast.errors import InferFastError
-from infer_fast.recipes import Recipe, StoreSettings, SynthesisSettings
+from infer_fast.settings import Recipe, StoreSettings, SynthesisSettings
 from infer_fast.synthesis.base import base_images, expected_count
 from infer_fast.synthesis.plan import make_plan
 from infer_fast.synthesis.views import task_generator

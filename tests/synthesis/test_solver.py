@@ -16,7 +16,7 @@ from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models import MatchedTeacher, build
 from infer_fast.models.train import Schedule, Training, fit, hard_loss
-from infer_fast.recipes import SynthesisSettings
+from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis import NonFiniteLossError, Views, draw_views, solve
 from infer_fast.synthesis.problem import Problem, adjusted_teacher, image_prior
 from infer_fast.synthesis.solver import Solver
