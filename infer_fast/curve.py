@@ -48,9 +48,9 @@ def points(evaluation: Evaluation, recipe: Recipe, shares: Sequence[float], judg
         raise InferFastError("--budgets needs a set whose budget counts bytes (distill --budget bytes).")
     dataset, settings = evaluation.dataset, evaluation.settings
     updates = evaluation.updates_per_epoch * settings.epochs
-    added = distilled.compensators
-    teachers, compensators = (0, 0) if added is None else (added.values.shape[0], added.values.shape[1])
-    storage = Storage(distilled.coded.codec, distilled.label_store, teachers, compensators)
+    added = distilled.stored_compensators
+    teachers, compensators, _, side, _ = (0, 0, 0, 0, 0) if added is None else added.values.shape
+    storage = Storage(distilled.coded.codec, distilled.label_store, teachers, compensators, side)
     draw, most = drawn(dataset, recipe, evaluation.teachers), smallest_class(dataset)
     found = {}
     for share in shares:

@@ -29,6 +29,8 @@ def describe(plan: Plan, dataset: ImageDataset, store: StoreSettings, room: Room
     """The plan in words: tasks, bytes against the budget, estimated time."""
     whole = dataset.train.nbytes
     what = "optimised images" if plan.optimise == "images" else f"{plan.compensators} compensators"
+    if plan.added != plan.size:
+        what += f" of {plan.added[1]}x{plan.added[0]}"
     lanes = max((len(b.indices) for b in plan.batches), default=0)
     chunked = [f"{name}: {n} images in one pass" for name, n in zip(plan.teachers, room.chunks, strict=True) if n]
     chunks = f" ({', '.join(chunked)})" if chunked else ""
@@ -126,7 +128,7 @@ def byte_table(distilled: DistilledSet, teachers: Sequence[Teacher], student: St
     every epoch of `student`.
     """
     stored = epoch_bytes(len(distilled), student.batch_size, len(distilled.classes), augmentation_of(student))
-    added = 0 if distilled.compensators is None else sum(t.nbytes for t in distilled.compensators)
+    added = distilled.compensator_bytes
     parts = {
         "base images" if added else "images": distilled.image_bytes - added,
         "compensators, scales and offsets": added,

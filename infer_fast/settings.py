@@ -92,6 +92,8 @@ class SynthesisSettings:
     std: tuple[float, float, float] | None = None
     """channel standard deviations in [0,1] pixels; None: the dataset's own"""
 
+    compensator_size: int | None = field(default=None, metadata=ADDED_LATER)
+    """pixels of a compensator's side, stored and optimised so, and enlarged in every view; None: the images' own"""
 
 @dataclass(frozen=True)
 class StudentSettings:

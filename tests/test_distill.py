@@ -331,8 +331,28 @@ def test_a_thousand_classes_of_224_pixels_are_planned_without_decoding_them(tmp_
     assert "squeeze 0.0 min" in done.stdout and not (tmp_path / "runs" / "imagenet-infer-ipc10").exists()
 
 
+def test_settings_are_chosen_on_held_out_training_images(tmp_path, call_module, small_flags):
+    flags = [*small_flags, "--compare=none", "--held-out=195", "--syn-data-path=held"]
+    done = call_module("distill", *flags)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "held" / "digits" / "card.json").read_text())
+    data = card["dataset"]
+    assert (data["held_out"], data["training_images"], data["test_images"]) == (195, 1000, 195)
+    again = call_module("validate", "--syn-data-path=held/digits")
+    assert again.returncode == 0 and (tmp_path / "held" / "digits" / "table.md").read_text() in again.stdout
+    refused = call_module("distill", *small_flags, "--held-out=1195")
+    assert refused.returncode == 1 and "--held-out 1195: digits has 1195 training images" in refused.stderr
+
+
+def test_a_comparison_that_cannot_be_is_refused_before_the_work(call_module, small_flags):
+    refused = call_module("distill", *small_flags, "--compare=coded")
+    assert refused.returncode == 1 and "--compare coded: only a budget of bytes" in refused.stderr
+    assert "squeeze" not in refused.stderr
+
+
 def test_a_budget_of_bytes_counts_the_whole_file(tmp_path, run_module, small_flags):
-    flags = [*small_flags, "--budget=bytes", "--codec=webp", "--quality=100", "--label-bits=uint8", "--compensators=1"]
+    stored = ["--budget=bytes", "--codec=webp", "--quality=100", "--label-bits=uint8"]
+    flags = [*small_flags, *stored, "--compensators=1", "--compensator-size=4"]
     planned = run_module("distill", *flags, "--dry-run")
     assert (
         planned.returncode == 0 and "k = about " in planned.stdout and "7,680 bytes for images (webp)" in planned.stdout
@@ -344,7 +364,8 @@ def test_a_budget_of_bytes_counts_the_whole_file(tmp_path, run_module, small_fla
     weight = (run / "distilled.safetensors").stat().st_size
     assert card["bytes"]["file"] == weight and 0.9 * 7680 < weight <= 7680
     distilled = infer_fast.load(run)
-    assert distilled.base.shape[1] == card["k"] > 4 and distilled.compensators.values.shape[:2] == (2, 1)
+    assert distilled.base.shape[1] == card["k"] > 4 and distilled.compensators.values.shape == (2, 1, 3, 8, 8)
+    assert distilled.small.values.shape == (2, 1, 3, 4, 4) and "2 compensators of 4x4" in planned.stdout
     assert "synthesis: 12/12 task iterations" in done.stderr
     assert "random real, coded | soft" in done.stdout and "points" in done.stdout
     assert "The smallest teacher, convnet" in done.stdout

@@ -10,7 +10,7 @@ import torch
 
 from infer_fast.data.card import ByteCard
 from infer_fast.data.codec import Codec, Coded, encode
-from infer_fast.data.distilled import DistilledSet, quantise
+from infer_fast.data.distilled import DistilledSet, full_size, quantise
 from infer_fast.data.images import ImageDataset
 from infer_fast.data.label_store import LabelStore
 from infer_fast.data.pixels import AS_STORED
@@ -36,12 +36,16 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Storage:
-    """How a set is stored: its images' codec, its labels', and how many compensators each of how many teachers adds."""
+    """How a set is stored: its images' codec, its labels', and how many compensators each of how many teachers adds.
+
+    side: pixels of a compensator's side (None: as large as the images).
+    """
 
     codec: Codec
     labels: LabelStore
     teachers: int = 0
     compensators: int = 0
+    side: int | None = None
 
     def coded(self, images: torch.Tensor) -> Base:
         """Base images as this storage keeps them."""
@@ -50,24 +54,33 @@ class Storage:
 
     def file_bytes(self, base: Base) -> int:
         """Bytes of the whole file of a set with these base images, at most."""
-        classes, k, *image = base.images.shape
+        classes, k, channels, *size = base.images.shape
         views, compensators = 1, None
         if self.compensators:
             views += self.teachers
-            compensators = quantise(torch.zeros(self.teachers, self.compensators, *image), AS_STORED.std)
+            size = size if self.side is None else [self.side, self.side]
+            compensators = quantise(torch.zeros(self.teachers, self.compensators, channels, *size), AS_STORED.std)
         logits = torch.arange(classes, dtype=torch.float16).expand(classes, k, views, classes)
         names = tuple(map(str, range(classes)))
         empty = DistilledSet(base.images, compensators, logits, AS_STORED, names, None, base.coded, self.labels)
         return empty.file_bytes + HEADER
 
 
-def unlabelled(base: Base, compensators: Quantised | None, labels: LabelStore, dataset: ImageDataset) -> DistilledSet:
-    """The set of these images and compensators, with labels still zero; labels: how they will be stored."""
+def unlabelled(base: Base, stored: Quantised | None, labels: LabelStore, dataset: ImageDataset) -> DistilledSet:
+    """The set of these images and compensators as they are stored, labels still zero; labels: how they will be."""
     classes, k = base.images.shape[:2]
-    views = 1 if compensators is None else 1 + len(compensators.values)
+    views = 1 if stored is None else 1 + len(stored.values)
+    compensators = None if stored is None else full_size(stored, dataset.size)
     logits = torch.zeros(classes, k, views, classes, dtype=torch.float16)
     return DistilledSet(
-        base.images, compensators, logits, dataset.pixels, dataset.classes, coded=base.coded, label_store=labels
+        base.images,
+        compensators,
+        logits,
+        dataset.pixels,
+        dataset.classes,
+        coded=base.coded,
+        label_store=labels,
+        small=None if compensators is stored else stored,
     )
 
 
@@ -77,7 +90,8 @@ def storage_of(recipe: Recipe, compensators: int) -> Storage:
     labels = LabelStore(store.label_bits)
     if store.label_bits == "top":
         labels = LabelStore("top", store.label_top, recipe.student.temperature)
-    return Storage(Codec(store.codec, store.quality), labels, len(recipe.arch_name), compensators)
+    side = recipe.synthesis.compensator_size
+    return Storage(Codec(store.codec, store.quality), labels, len(recipe.arch_name), compensators, side)
 
 
 def filled(draw: Callable[[int], torch.Tensor], most: int, storage: Storage, budget: int) -> Base:

@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from infer_fast.data.card import Card, read_card
 from infer_fast.data.codec import Coded, coded_from, decode
 from infer_fast.data.label_store import AS_FLOAT16, LabelStore, store_of, unpack
-from infer_fast.data.pixels import Pixels
+from infer_fast.data.pixels import AS_STORED, Pixels
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_tensors, stored_bytes, write_tensors
-from infer_fast.ops import Quantised, compose
+from infer_fast.ops import Quantised, compose, enlarged, enlarging
 
 TENSORS = "distilled.safetensors"
 MOSAIC = "mosaic_"
@@ -43,13 +43,28 @@ def quantise(compensators: torch.Tensor, std: tuple[float, ...]) -> Quantised:
     return Quantised(steps.round().clamp(0, 255).to(torch.uint8), scale, offset)
 
 
+def full_size(small: Quantised, size: tuple[int, int]) -> Quantised:
+    """Compensators (M, n, 3, s, s) as those of images of `size` (H, W), enlarged bilinearly as synthesis saw them.
+
+    Raises InferFastError for compensators that are larger than the images, or no squares.
+    """
+    height, width = small.values.shape[-2:]
+    if (height, width) == size:
+        return small
+    if height != width or height > min(size):
+        raise InferFastError(f"the compensators are of {width}x{height}, the base images of {size[1]}x{size[0]}.")
+    pixels = small.values * small.scale.float()[..., None, None] + small.offset.float()[..., None, None]
+    return quantise(enlarged(pixels, enlarging(pixels.shape[-1], size)), AS_STORED.std)
+
+
 @dataclass(frozen=True)
 class DistilledSet(Dataset):
     """A distilled set as a torch Dataset of (instance float32 (3, H, W) normalised, logits float32 (C,), class).
 
     base: uint8 (C, k, 3, H, W); compensators: bytes (M, n, 3, H, W) with scale and offset (M, n, 3), or None without
     any; logits: float16 (C, k, M+1, C); pixels: of the dataset; card: how it was made (None: not kept yet); coded: what
-    base was decoded from (None: stored raw); label_store: how the logits are stored.
+    base was decoded from (None: stored raw); label_store: how the logits are stored; small: what compensators were
+    enlarged from, (M, n, 3, s, s) (None: they are stored as they are).
     Instance (c, j, 0) is base image j of class c bare; (c, j, 1+m) has teacher m's compensator j modulo n added.
     """
 
@@ -61,6 +76,17 @@ class DistilledSet(Dataset):
     card: Card | None = None
     coded: Coded | None = None
     label_store: LabelStore = AS_FLOAT16
+    small: Quantised | None = None
+
+    @property
+    def stored_compensators(self) -> Quantised | None:
+        """Compensators as they are stored."""
+        return self.compensators if self.small is None else self.small
+
+    @property
+    def compensator_bytes(self) -> int:
+        """Bytes of the compensators as stored, their scales and offsets."""
+        return sum(t.nbytes for t in self.stored_compensators or ())
 
     @property
     def views_per_base(self) -> int:
@@ -70,8 +96,7 @@ class DistilledSet(Dataset):
     @property
     def image_bytes(self) -> int:
         """Bytes of the base images as stored, and of compensators, scales and offsets."""
-        count = self.base.nbytes if self.coded is None else self.coded.nbytes
-        return count if self.compensators is None else count + sum(t.nbytes for t in self.compensators)
+        return (self.base.nbytes if self.coded is None else self.coded.nbytes) + self.compensator_bytes
 
     @property
     def label_bytes(self) -> int:
@@ -126,15 +151,17 @@ class DistilledSet(Dataset):
 
     def part(self, k: int, teachers: int) -> DistilledSet:
         """The first k base images of each class, with the compensators of the first `teachers` teachers; stored raw."""
-        compensators = None
-        if self.compensators is not None and teachers > 0:
-            compensators = Quantised(*(t[:teachers, :k] for t in self.compensators))
+        compensators, small = (
+            None if teachers == 0 or added is None else Quantised(*(t[:teachers, :k] for t in added))
+            for added in (self.compensators, self.small)
+        )
         return replace(
             self,
             base=self.base[:, :k],
             compensators=compensators,
             logits=self.logits[:, :k, : teachers + 1],
             coded=self.coded if k == self.base.shape[1] else None,
+            small=small,
         )
 
     def save(self, folder: Path) -> Path:
@@ -150,8 +177,8 @@ class DistilledSet(Dataset):
             tensors |= {f"{MOSAIC}{position:04d}": part for position, part in enumerate(self.coded.parts)}
         else:
             tensors["images" if self.compensators is None else "base"] = self.base
-        if self.compensators is not None:
-            tensors |= dict(zip(COMPENSATORS, self.compensators, strict=True))
+        if self.stored_compensators is not None:
+            tensors |= dict(zip(COMPENSATORS, self.stored_compensators, strict=True))
         images = {} if self.coded is None else self.coded.layout()
         return tensors, {"images": images, "labels": labels} if images or labels else None
 
@@ -175,15 +202,18 @@ def load(path: str | Path) -> DistilledSet:
             coded = coded_from(stored["images"], parts)
         there = COMPENSATORS[0] in tensors
         base = decode(coded) if coded is not None else tensors["base" if there else "images"]
+        stored_added = Quantised(*(tensors[name] for name in COMPENSATORS)) if there else None
+        added = None if stored_added is None else full_size(stored_added, (base.shape[3], base.shape[4]))
         distilled = DistilledSet(
             base=base,
-            compensators=Quantised(*(tensors[name] for name in COMPENSATORS)) if there else None,
+            compensators=added,
             logits=unpack(tensors, labels),
             pixels=card.dataset.pixels,
             classes=card.dataset.classes,
             card=card,
             coded=coded,
             label_store=store_of(labels, tensors),
+            small=None if added is stored_added else stored_added,
         )
     except InferFastError as error:
         raise InferFastError(f"{folder / TENSORS}: {error}") from error

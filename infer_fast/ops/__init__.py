@@ -3,6 +3,7 @@
 from infer_fast.ops.adam import adam_
 from infer_fast.ops.bn_match import bn_match, bn_match_statistics, bn_match_twice
 from infer_fast.ops.compose import Quantised, compose
+from infer_fast.ops.enlarge import enlarged, enlarging
 from infer_fast.ops.max_pool import max_pool
 from infer_fast.ops.objective import lane_loss
 from infer_fast.ops.perturb import perturb_
@@ -15,6 +16,8 @@ __all__ = [
     "bn_match_statistics",
     "bn_match_twice",
     "compose",
+    "enlarged",
+    "enlarging",
     "lane_loss",
     "max_pool",
     "perturb_",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from infer_fast.data.distilled import QUANTISATION_BYTES
 from infer_fast.errors import InferFastError
 from infer_fast.recipes import base_images_per_class
-from infer_fast.settings import Recipe
+from infer_fast.settings import Recipe, SynthesisSettings
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class TaskBatch:
 class Plan:
     """What one distillation will do.
 
-    k: base images per class (image mode: images per class); n: compensators of each teacher; image_bytes counts base
-    images, compensators and their scales and offsets, all raw; label_bytes the float16 logits; budget_bytes is classes
-    x ipc x 3*H*W.
+    k: base images per class (image mode: images per class); n: compensators of each teacher; added: their (height,
+    width); image_bytes counts base images, compensators and their scales and offsets, all raw; label_bytes the float16
+    logits; budget_bytes is classes x ipc x 3*H*W.
     """
 
     teachers: tuple[str, ...]
@@ -40,6 +40,7 @@ class Plan:
     ipc: int
     k: int
     n: int
+    added: tuple[int, int]
     optimise: str
     iterations: int
     batches: tuple[TaskBatch, ...]
@@ -72,7 +73,7 @@ class Plan:
 
     @property
     def image_bytes(self) -> int:
-        return stored_bytes(self.k, self.classes, self.compensators, self.size)
+        return stored_bytes(self.classes * self.k, self.compensators, self.size, self.added)
 
     @property
     def label_bytes(self) -> int:
@@ -89,7 +90,7 @@ def make_plan(
     """The plan of `recipe` for a dataset of `classes` classes and images of `size`.
 
     lanes: tasks per batch, for all teachers or for each; k: base images per class that fill a budget of bytes.
-    Raises InferFastError when ipc is too small for one base image per class.
+    Raises InferFastError when ipc is too small for one base image per class, or compensators are larger than images.
     """
     settings = recipe.synthesis
     if recipe.ipc < 1:
@@ -99,10 +100,11 @@ def make_plan(
     each = [lanes] * len(recipe.arch_name) if isinstance(lanes, int) else list(lanes)
     if min(each) < 1:
         raise InferFastError(f"{min(each)} lanes were asked for: it must be at least 1.")
+    added = _size_of_compensators(settings, size)
     if settings.optimise == "images":
         k, n, teachers, chunk = recipe.ipc, 0, range(1), settings.batch_size
     else:
-        k, n = _counts(recipe, classes, size) if k is None else (k, min(k, recipe.store.compensators or 0))
+        k, n = _counts(recipe, classes, size, added) if k is None else (k, min(k, recipe.store.compensators or 0))
         teachers, chunk = range(len(recipe.arch_name)), classes
     indices = k if settings.optimise == "images" else n
     if settings.batch_size < 1:
@@ -113,23 +115,39 @@ def make_plan(
         for low in range(0, classes, chunk)
         for first in range(0, indices, each[teacher])
     )
-    return Plan(recipe.arch_name, classes, size, recipe.ipc, k, n, settings.optimise, settings.iterations, batches)
+    iterations = settings.iterations
+    return Plan(recipe.arch_name, classes, size, recipe.ipc, k, n, added, settings.optimise, iterations, batches)
 
 
-def stored_bytes(k: int, classes: int, compensators: int, size: tuple[int, int]) -> int:
-    """Bytes of base images and compensators, with the compensators' scales and offsets."""
-    return (k * classes + compensators) * 3 * size[0] * size[1] + compensators * QUANTISATION_BYTES
+def stored_bytes(images: int, compensators: int, size: tuple[int, int], added: tuple[int, int]) -> int:
+    """Bytes of base images of `size` and compensators of size `added`, with the compensators' scales and offsets."""
+    each = 3 * added[0] * added[1] + QUANTISATION_BYTES
+    return images * 3 * size[0] * size[1] + compensators * each
 
 
-def _counts(recipe: Recipe, classes: int, size: tuple[int, int]) -> tuple[int, int]:
+def _size_of_compensators(settings: SynthesisSettings, size: tuple[int, int]) -> tuple[int, int]:
+    side = settings.compensator_size
+    if side is None:
+        return size
+    if settings.optimise == "images":
+        raise InferFastError(f"--compensator-size {side}: --optimise images has no compensators.")
+    if not 1 <= side <= min(size):
+        raise InferFastError(
+            f"--compensator-size {side}: it must be 1 to {min(size)} for images of {size[1]}x{size[0]}."
+        )
+    return side, side
+
+
+def _counts(recipe: Recipe, classes: int, size: tuple[int, int], added: tuple[int, int]) -> tuple[int, int]:
     """(k, n) of a budget of images: INFER's k, lowered where the scales and offsets would not fit any more.
 
-    With n compensators of each teacher asked for, k is the largest that fits beside them.
+    With n compensators of each teacher asked for, or smaller ones, k is the largest that fits beside them.
     """
     teachers, asked = len(recipe.arch_name), recipe.store.compensators
     budget = recipe.ipc * classes * 3 * size[0] * size[1]
-    k = base_images_per_class(recipe.ipc, teachers, classes) if asked is None else recipe.ipc
-    while k > 0 and stored_bytes(k, classes, teachers * _each(asked, k), size) > budget:
+    infer = asked is None and added == size
+    k = base_images_per_class(recipe.ipc, teachers, classes) if infer else recipe.ipc
+    while k > 0 and stored_bytes(k * classes, teachers * _each(asked, k), size, added) > budget:
         k -= 1
     if k < 1 and asked is not None:
         raise InferFastError(

@@ -26,7 +26,7 @@ from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 from infer_fast.models.execution import at_precision, dtype_of
 from infer_fast.models.surgery import MatchedTeacher
-from infer_fast.ops import lane_loss, perturb_
+from infer_fast.ops import enlarged, enlarging, lane_loss, perturb_
 from infer_fast.ops.bn_match import Statistics, pooled
 from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis.views import View, Views, apply_view, seen
@@ -54,29 +54,36 @@ class Problem:
         """bounds: image mode keeps the images in the normalised range of [0,1] pixels; a compensator has none.
 
         shares: float32 (L,) for each span, its part of the images; made here, so that no iteration fills them; arrived:
-        int32 (L,), the counters of lane_loss.
+        int32 (L,), the counters of lane_loss; enlarging: what takes a smaller compensator to the images' size.
         """
         images = self.settings.optimise == "images"
         self.bounds = pixels_of(self.settings).bounds(self.base.device) if images else None
-        lanes, count = self.base.shape[:2]
+        lanes, count, _, *size = self.base.shape
+        side = self.settings.compensator_size
+        self.enlarging = None if images or side is None else enlarging(side, size, self.base)
         shares = [(span.stop - span.start) / count for span in self._spans()]
         self.shares = [torch.full((lanes,), share, device=self.base.device) for share in shares]
         self.arrived = torch.zeros(lanes, dtype=torch.int32, device=self.base.device)
 
     def start(self) -> torch.Tensor:
-        """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W)."""
+        """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W).
+
+        Zeros are (L, 1, 3, s, s) where the settings' compensator_size is s.
+        """
         if self.settings.optimise == "images":
             return self.base.clone()
-        lanes, _, *image = self.base.shape
-        return torch.zeros(lanes, 1, *image, device=self.base.device)
+        lanes, _, channels, *size = self.base.shape
+        side = self.settings.compensator_size
+        return torch.zeros(lanes, 1, channels, *(size if side is None else (side, side)), device=self.base.device)
 
     def seen(
         self, optimised: torch.Tensor, view: View, span: slice = slice(None), dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         """This iteration's view of the images of `span`, (L, C', 3, H, W); in `dtype` where a kernel makes it."""
-        images = self.settings.optimise == "images"
-        base, added = (optimised[:, span], None) if images else (self.base[:, span], optimised)
-        return seen(base, added, view, dtype, self.backend)
+        if self.settings.optimise == "images":
+            return seen(optimised[:, span], None, view, dtype, self.backend)
+        added = optimised if self.enlarging is None else enlarged(optimised, self.enlarging)
+        return seen(self.base[:, span], added, view, dtype, self.backend)
 
     def loss(
         self,

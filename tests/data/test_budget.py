@@ -18,6 +18,7 @@ STORAGES = [
     Storage(Codec("raw", 0), AS_FLOAT16),
     Storage(Codec("webp", 60), LabelStore("uint8"), teachers=2, compensators=1),
     Storage(Codec("jpeg", 60), LabelStore("top", 2, 4.0), teachers=1, compensators=2),
+    Storage(Codec("avif", 60), LabelStore("uint8"), teachers=2, compensators=2, side=5),
 ]
 
 
@@ -46,9 +47,10 @@ def test_a_budget_holds_as_many_images_as_fit_and_no_more(generator, storage):
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: s.codec.name)
 def test_the_size_is_that_of_the_file(generator, tmp_path, storage):
     base = storage.coded(pool(generator, most=6))
-    classes, k, *image = base.images.shape
+    classes, k, channels, *size = base.images.shape
+    size = (storage.side, storage.side) if storage.side else size
     views = 1 + storage.teachers
-    dense = torch.randn(storage.teachers, storage.compensators, *image, generator=generator)
+    dense = torch.randn(storage.teachers, storage.compensators, channels, *size, generator=generator)
     distilled = DistilledSet(
         base.images,
         quantise(dense, (0.3, 0.3, 0.3)) if storage.compensators else None,
@@ -77,3 +79,5 @@ def test_a_budget_for_nothing_is_an_error(generator):
 def test_a_recipe_says_how_it_is_stored():
     recipe = replace(RECIPES["digits"], store=StoreSettings(codec="avif", quality=45, label_bits="top", label_top=3))
     assert storage_of(recipe, 2) == Storage(Codec("avif", 45), LabelStore("top", 3, 4.0), 4, 2)
+    smaller = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=5))
+    assert storage_of(smaller, 2) == replace(storage_of(recipe, 2), side=5)

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import infer_fast
 from infer_fast.data.codec import Codec, encode
-from infer_fast.data.distilled import DistilledSet, quantise
+from infer_fast.data.distilled import COMPENSATORS, DistilledSet, full_size, quantise
 from infer_fast.data.label_store import LabelStore
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
@@ -137,6 +138,37 @@ def test_coded_sets_go_to_the_disk_and_back(generator, tmp_path, own, labels):
     assert (tmp_path / "distilled.safetensors").read_bytes() == before
     plain.card.write(tmp_path)
     with pytest.raises(InferFastError, match="the card is that of other base images"):
+        infer_fast.load(tmp_path)
+
+
+def test_smaller_compensators_are_enlarged_on_loading(generator, tmp_path):
+    plain = make(generator, size=8)
+    small = quantise(torch.randn(4, 2, 3, 3, 3, generator=generator), STD)
+    distilled = replace(plain, small=small, compensators=full_size(small, (8, 8)))
+    pixels = small.values * small.scale.float()[..., None, None] + small.offset.float()[..., None, None]
+    expected = F.interpolate(pixels.flatten(0, 1), (8, 8), mode="bilinear").unflatten(0, (4, 2))
+    values, scale, offset = (t.float() for t in distilled.compensators)
+    error = (values * scale[..., None, None] + offset[..., None, None] - expected).abs()
+    assert (error <= scale[..., None, None] * 0.5 + 2**-10).all()
+    assert distilled.compensator_bytes == 4 * 2 * (3 * 9 + 12)
+    write(distilled, tmp_path)
+    assert distilled.file_bytes == (tmp_path / "distilled.safetensors").stat().st_size
+    again = infer_fast.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.compensators, distilled.compensators, strict=True))
+    torch.testing.assert_close(again[1][0], distilled[1][0], rtol=0, atol=0)
+    part = again.part(1, 2)
+    assert part.small.values.shape == (2, 1, 3, 3, 3) and part.compensators.values.shape == (2, 1, 3, 8, 8)
+    assert part.compensator_bytes == 2 * (3 * 9 + 12)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 9, 9), (4, 2, 3, 3, 4), (4, 3, 3, 5, 5), (4, 2, 1, 5, 5)])
+def test_compensators_that_fit_no_image_are_an_error(generator, tmp_path, shape):
+    write(make(generator, size=5), tmp_path)
+    tensors, stored = read_tensors(tmp_path / "distilled.safetensors")
+    added = Quantised(torch.zeros(shape, dtype=torch.uint8), *(torch.ones(shape[:3]).half() for _ in range(2)))
+    tensors |= dict(zip(COMPENSATORS, added, strict=True))
+    write_tensors(tmp_path / "distilled.safetensors", tensors, stored)
+    with pytest.raises(InferFastError, match="the compensators are"):
         infer_fast.load(tmp_path)
 
 

@@ -72,6 +72,10 @@ def check_chunks():
     compare(trained("convnet-silu", 16), 16, chunk=3)
 
 
+def check_smaller_compensators():
+    compare(trained("convnet", 16), 16, replace(SETTINGS, compensator_size=6))
+
+
 def check_images_with_tv_and_l2():
     compare(trained("convnet", 16), 16, replace(SETTINGS, optimise="images", tv_l2=1e-3, l2_scale=1e-3))
 

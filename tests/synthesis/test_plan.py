@@ -36,6 +36,24 @@ def test_the_budget_is_never_exceeded(ipc, size):
     assert plan.k >= base_images_per_class(ipc, 4, 10) - 1
 
 
+def test_smaller_compensators_leave_room_for_base_images():
+    recipe = RECIPES["digits"]
+    smaller = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=2))
+    plan = make_plan(smaller, 10, (8, 8))
+    assert plan.added == (2, 2) and plan.n == plan.k == 9
+    assert plan.image_bytes == 9 * 10 * 192 + 4 * 9 * (3 * 4 + 12) <= plan.budget_bytes
+    published = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=8))
+    assert make_plan(published, 10, (8, 8)) == make_plan(recipe, 10, (8, 8))
+
+
+@pytest.mark.parametrize(("side", "optimise"), [(0, "compensator"), (9, "compensator"), (4, "images")])
+def test_compensators_of_a_size_that_cannot_be_are_an_error(side, optimise):
+    recipe = RECIPES["digits"]
+    recipe = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=side, optimise=optimise))
+    with pytest.raises(InferFastError, match=f"--compensator-size {side}"):
+        make_plan(recipe, 10, (8, 8))
+
+
 def test_every_task_is_in_one_batch_whatever_the_lanes():
     for lanes in (1, 3, 100, (1, 2, 3, 100)):
         plan = make_plan(RECIPES["digits"], 10, (8, 8), lanes)

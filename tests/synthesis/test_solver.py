@@ -95,6 +95,31 @@ def test_large_images_are_seen_cropped_and_flipped(generator):
     assert (ours[1].double() - exact).norm() / exact.norm() < 1e-3
 
 
+def test_a_smaller_compensator_is_enlarged_in_the_view(generator):
+    """Its gradient is that of the published loss of base + interpolate(u), and solving lowers that loss."""
+    network, base = teacher_and_base(generator, lanes=1)
+    settings = replace(SETTINGS, compensator_size=3)
+    u = 0.1 * torch.randn(1, 1, 3, 3, 3, generator=generator)
+    shift = torch.randint(0, 3, (1, 2), generator=generator)
+    problem = Problem(MatchedTeacher(network, r_var=settings.r_var), base, torch.arange(CLASSES), settings)
+    loss, gradient = problem.loss_and_gradient(u, only(shift))
+    result = solve(network, base, settings=settings)
+    assert problem.start().shape == u.shape and result.shape == (1, 3, 3, 3)
+
+    exact, view = network.double(), published.host_view(Views(shift[None]), 0)
+    hooks = published.hooks_of(exact, settings.r_var)
+
+    def expected(small):
+        seen = published.viewed(base[0].double() + F.interpolate(small, (SIZE, SIZE), mode="bilinear"), view)
+        return published.objective(exact, hooks, seen, torch.arange(CLASSES), settings)
+
+    own = u[0].double().requires_grad_(True)
+    (exact_gradient,) = torch.autograd.grad(expected(own), own)
+    assert loss.item() == pytest.approx(expected(own).item(), rel=1e-5)
+    assert (gradient[0].double() - exact_gradient).norm() / exact_gradient.norm() < 1e-4
+    assert expected(result.double()) < 0.9 * expected(torch.zeros_like(own))
+
+
 @pytest.mark.parametrize("optimise", ["compensator", "images"])
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_chunks_give_what_the_whole_batch_gives(generator, optimise, chunk):
