@@ -68,6 +68,8 @@ class DistillOptions:
     """base images in place of random ones: tensor_J.pt of shape (C,3,H,W), normalised, or class folders of images"""
     val_dir: Path | None = None
     """class folders of test images, in place of the dataset's own"""
+    held_out: int = 0
+    """judge on so many training images, held out for it, in place of the test images: to choose settings on"""
     M: int | None = None
     """use the first M of the teachers; None: all"""
     syn_data_path: Path = Path("runs")
@@ -175,6 +177,7 @@ class Job:
                 data_path=None if options.data_path is None else str(options.data_path),
                 val_dir=None if options.val_dir is None else str(options.val_dir),
                 image_size=options.image_size,
+                held_out=options.held_out,
             ),
             teachers=tuple(
                 TeacherCard(t.name, t.accuracy, t.sha256, os.path.relpath(t.path, self.folder)) for t in work.teachers
@@ -279,6 +282,7 @@ def _dataset(options: DistillOptions) -> ImageDataset:
         cache=cache,
         val_path=options.val_dir,
     )
+        hold_out=options.held_out,
     if len(dataset.train) == 0:
         raise InferFastError(f"{dataset.name} can't be fetched by name: give its place with --data-path.")
     return dataset.to(cli.device())

@@ -202,7 +202,9 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
         for given, stored in ((options.data_path, data.data_path), (options.val_dir, data.val_dir))
     )
     image_size = options.image_size or data.image_size
-    dataset = load_dataset(options.dataset or data.name, data_path, image_size=image_size, val_path=val_dir)
+    hold_out = data.held_out if options.val_dir is None else 0
+    name = options.dataset or data.name
+    dataset = load_dataset(name, data_path, image_size=image_size, val_path=val_dir, hold_out=hold_out)
     if options.val_dir is None and dataset.fingerprint != data.fingerprint:
         raise InferFastError(f"{data.name} is not the dataset this set was distilled from (its fingerprint differs).")
     if len(dataset.classes) != len(whole.classes):

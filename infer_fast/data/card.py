@@ -15,7 +15,10 @@ CARD = "card.json"
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """The real dataset: what it is known by, and where its files were (None: fetched by name)."""
+    """The real dataset: what it is known by, and where its files were (None: fetched by name).
+
+    held_out: training images that were its test images, to choose settings on (0: it was judged on its own).
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -28,6 +31,7 @@ class DatasetCard:
     data_path: str | None
     val_dir: str | None
     image_size: int | None
+    held_out: int = field(default=0, metadata=ADDED_LATER)
 
     @property
     def pixels(self) -> Pixels:

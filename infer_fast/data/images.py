@@ -49,6 +49,10 @@ class Split:
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
+    def part(self, positions: torch.Tensor) -> Split:
+        """The images and labels at int64 `positions` (n,)."""
+        return Split(self.at(positions), self.labels[positions.to(self.device)])
+
 
 @dataclass(frozen=True, eq=False)
 class FileSplit:
@@ -97,6 +101,11 @@ class FileSplit:
 
     def to(self, device: torch.device) -> FileSplit:
         return replace(self, labels=self.labels.to(device), _kept=[])
+
+    def part(self, positions: torch.Tensor) -> FileSplit:
+        """The files and labels at int64 `positions` (n,)."""
+        files = tuple(self.files[position] for position in positions.tolist())
+        return replace(self, files=files, labels=self.labels[positions.to(self.device)], _kept=[])
 
     def _decoded(self, positions: torch.Tensor) -> torch.Tensor:
         files = [self.files[position] for position in positions.tolist()]
@@ -176,6 +185,22 @@ def image_dataset(
     )
     dataset.__dict__["fingerprint"] = fingerprint  # hashed once: the property would hash every image again
     return dataset
+
+
+def held_out(dataset: ImageDataset, count: int) -> ImageDataset:
+    """The same with `count` of its training images, always the same ones, as test images: to choose settings on.
+
+    The test images are then not looked at; the channel statistics stay. Raises InferFastError if nothing is left.
+    """
+    if not 0 < count < len(dataset.train):
+        raise InferFastError(
+            f"--held-out {count}: {dataset.name} has {len(dataset.train)} training images, and some must be left."
+        )
+    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
+    judged, kept = order[:count].sort().values, order[count:].sort().values
+    return ImageDataset(
+        dataset.name, dataset.train.part(kept), dataset.train.part(judged), dataset.classes, dataset.pixels
+    )
 
 
 def channel_statistics(images: torch.Tensor) -> Pixels:

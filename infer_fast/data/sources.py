@@ -21,7 +21,7 @@ from infer_fast.data.class_folders import (
     read_tiny_imagenet,
 )
 from infer_fast.data.idx import read_idx
-from infer_fast.data.images import FileSplit, ImageDataset, Split, image_dataset
+from infer_fast.data.images import FileSplit, ImageDataset, Split, held_out, image_dataset
 from infer_fast.data.known import TORCHVISION_NAMES, known_names, read_digits, read_torchvision
 from infer_fast.data.parquet import read_parquet
 from infer_fast.data.pixels import Pixels
@@ -46,13 +46,15 @@ def load_dataset(
     image_size: int | None = None,
     cache: Path | None = None,
     val_path: Path | None = None,
+    hold_out: int = 0,
 ) -> ImageDataset:
     """Reads dataset `name`: from `data_path` in whatever layout is found there, else from its public source.
 
     image_size: resize (shorter side) and centre-crop every image of a folder or parquet to this many pixels squared
     (ImageNet: 224 unless given, the shorter side to 256/224 of it). cache: a folder where channel statistics are kept.
     val_path: class folders of test images, in place of the dataset's own; without a data_path there are then no
-    training images (but digits'), and the statistics are those of the test images.
+    training images (but digits'), and the statistics are those of the test images. hold_out: so many training images
+    are the test images, in place of the dataset's own (0: none).
     Raises InferFastError when a path is missing or holds no images, an image does not decode, sizes are mixed,
     labels are out of range, or a download fails.
     """
@@ -78,7 +80,8 @@ def load_dataset(
         )
     if val_path is not None:
         parts = (parts[0], *read_test_folders(val_path, parts[2], reading))
-    return image_dataset(key, *parts, cache=cache, pixels=pixels)
+    dataset = image_dataset(key, *parts, cache=cache, pixels=pixels)
+    return held_out(dataset, hold_out) if hold_out else dataset
 
 
 def canonical_name(name: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infer_fast.data.images import Split, channel_statistics, image_dataset
+from infer_fast.data.images import FileSplit, Split, channel_statistics, held_out, image_dataset
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
 
@@ -46,6 +46,41 @@ def test_bytes_survive_normalisation(generator):
     images = split(generator, 4, 3, 5, 5).images
     pixels = Pixels((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert torch.equal(pixels.to_bytes(pixels.normalise(images)), images)
+
+
+def test_held_out_images_are_training_images_and_always_the_same(generator):
+    data = image_dataset("d", split(generator, 30, 3, 4, 4), split(generator, 3, 3, 4, 4), ("a", "b", "c"))
+    part, again = held_out(data, 10), held_out(data, 10)
+    assert (len(part.train), len(part.test)) == (20, 10) and part.pixels == data.pixels
+    assert part.fingerprint == again.fingerprint != data.fingerprint
+
+    def seen(split):
+        return [
+            (label, bytes(image.flatten().tolist()))
+            for image, label in zip(split.images, split.labels.tolist(), strict=True)
+        ]
+
+    assert sorted(seen(part.train) + seen(part.test)) == sorted(seen(data.train))
+
+
+def test_held_out_files_are_training_files(tmp_path):
+    files = tuple(tmp_path / f"{i}.jpg" for i in range(9))
+    for file in files:
+        file.write_bytes(b"x")
+    data = image_dataset(
+        "d", FileSplit(files, torch.arange(9) % 3, (8, 8)), FileSplit(files[:1], torch.zeros(1).long(), (8, 8)),
+        ("a", "b", "c"), pixels=Pixels((0.5,) * 3, (0.2,) * 3),
+    )  # fmt: skip
+    part = held_out(data, 4)
+    assert sorted(part.train.files + part.test.files) == sorted(files) and len(part.test) == 4
+    assert [files.index(f) % 3 for f in part.train.files] == part.train.labels.tolist()
+
+
+@pytest.mark.parametrize("count", [-1, 30, 31])
+def test_a_held_out_part_leaves_something(generator, count):
+    data = image_dataset("d", split(generator, 30, 3, 4, 4), split(generator, 3, 3, 4, 4), ("a", "b", "c"))
+    with pytest.raises(InferFastError, match=f"--held-out {count}: d has 30 training images"):
+        held_out(data, count)
 
 
 def test_what_is_wrong_is_named(generator):
