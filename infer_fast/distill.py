@@ -41,7 +41,7 @@ from infer_fast.relabel import relabel
 from infer_fast.report import write_report
 from infer_fast.settings import Engine, Precision, Recipe
 from infer_fast.squeeze import Origin, squeeze
-from infer_fast.students.candidates import Evaluation
+from infer_fast.students.candidates import Evaluation, kinds
 from infer_fast.students.results import WandbRun
 from infer_fast.students.training import check_students
 from infer_fast.synthesis.base import base_images, expected_count
@@ -250,6 +250,7 @@ def decide(options: DistillOptions, recipe_name: str) -> Job:
     recipe = _with_statistics(first_teachers(options), dataset)
     check_students(recipe.student, len(dataset.classes), dataset.size)
     check_loader(recipe.squeeze.loader)
+    kinds(recipe.compare, recipe.student.labels, recipe.store.budget == "bytes")  # or an error
     folder = options.syn_data_path / (options.exp_name or recipe_name)
     demand = _demand(recipe, dataset, options.precision)
     room = find_room(demand, dataset.device, folder, options.lanes, options.chunk)
@@ -281,8 +282,8 @@ def _dataset(options: DistillOptions) -> ImageDataset:
         image_size=options.image_size,
         cache=cache,
         val_path=options.val_dir,
-    )
         hold_out=options.held_out,
+    )
     if len(dataset.train) == 0:
         raise InferFastError(f"{dataset.name} can't be fetched by name: give its place with --data-path.")
     return dataset.to(cli.device())

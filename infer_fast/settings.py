@@ -20,6 +20,7 @@ except ImportError:  # programs and benchmarks read the recipes too, and need no
 
 ADDED_LATER = {"added later": True}  # of a field: files written before it was there are read with its default
 Precision = Literal["auto", "fast", "float32", "tf32", "bfloat16"]
+Compare = Literal["none", "coded", "random", "all"]  # see infer_fast.students.candidates
 Engine = Literal["auto", "eager", "compile", "graph", "graph-compile"]  # see infer_fast.models.engine
 
 
@@ -91,9 +92,9 @@ class SynthesisSettings:
     """channel means in [0,1] pixels; None: the dataset's own"""
     std: tuple[float, float, float] | None = None
     """channel standard deviations in [0,1] pixels; None: the dataset's own"""
-
     compensator_size: int | None = field(default=None, metadata=ADDED_LATER)
     """pixels of a compensator's side, stored and optimised so, and enlarged in every view; None: the images' own"""
+
 
 @dataclass(frozen=True)
 class StudentSettings:
@@ -188,8 +189,9 @@ class Recipe:
     """images per class of the budget: classes x ipc x 3*H*W bytes"""
     seeds: int = 3
     """independent students per row of the table"""
-    compare: Literal["none", "random", "all"] = "random"
-    """rows beside the distilled set's: none; random real images of the same bytes; all (and the whole dataset)"""
+    compare: Compare = "random"
+    """rows beside the distilled set's: none; random real images of the same bytes (coded: through the set's codec
+    alone); all (and the whole dataset)"""
     squeeze: SqueezeSettings = field(default_factory=SqueezeSettings)
     synthesis: Annotated[SynthesisSettings, arg(name="")] = field(default_factory=SynthesisSettings)
     store: Annotated[StoreSettings, arg(name="")] = field(default_factory=StoreSettings, metadata=ADDED_LATER)

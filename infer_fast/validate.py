@@ -34,10 +34,10 @@ from infer_fast.models.teacher import Teacher
 from infer_fast.progress import stage
 from infer_fast.recipes import IMAGENET_WEIGHTS, base_images_per_class
 from infer_fast.relabel import relabel, teachers_of
-from infer_fast.settings import Recipe, SqueezeSettings, StudentSettings
+from infer_fast.settings import Compare, Recipe, SqueezeSettings, StudentSettings
 from infer_fast.squeeze import Origin, squeeze
 from infer_fast.students import tsne
-from infer_fast.students.candidates import Candidate, Compare, Evaluation, candidates
+from infer_fast.students.candidates import Candidate, Evaluation, candidates
 from infer_fast.students.labels import record_labels
 from infer_fast.students.results import Measured, ResultStore, WandbRun, table, verdict, write_results
 from infer_fast.students.training import check_students, measured_student
@@ -73,7 +73,8 @@ class ValidateOptions:
     seeds: int = 3
     """independent students per row"""
     compare: Compare = "random"
-    """rows beside the distilled set's: none; random real images of the same bytes; all (and the whole dataset)"""
+    """rows beside the distilled set's: none; random real images of the same bytes (coded: through the set's codec
+    alone); all (and the whole dataset)"""
     resume: Annotated[bool, arg(aliases=["-r"])] = True
     """take the students that are finished from students.json; --no-resume: train them all again"""
     check_ckpt: Path | None = None

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from infer_fast.dry_run import _validation_seconds
+from infer_fast.errors import InferFastError
 from infer_fast.recipes import RECIPES
 from infer_fast.settings import StudentSettings
 from infer_fast.students.candidates import Evaluation, candidates, epochs_of, kinds
@@ -22,6 +23,12 @@ def test_kinds_are_the_candidates_that_are_made(parts, tmp_path, compare, labels
     assert [(kind.trained_on, epochs_of(kind, settings, 1) * 2) for kind in expected] == [
         (c.trained_on, c.updates) for c in made
     ]
+
+
+def test_a_codec_alone_is_compared_where_bytes_are_counted():
+    assert [k.trained_on for k in kinds("coded", ["static"], coded=True)] == ["distilled", "random real, coded"]
+    with pytest.raises(InferFastError, match="--compare coded: only a budget of bytes"):
+        kinds("coded", ["static"])
 
 
 def test_the_estimate_grows_with_every_kind_of_labels():

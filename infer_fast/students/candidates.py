@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,11 +17,11 @@ from infer_fast.data.fkd import epoch_bytes
 from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, smallest_class
 from infer_fast.data.label_store import AS_FLOAT16, LabelStore
 from infer_fast.data.sets import FileSet, ResidentSet, resident_distilled, resident_split, training_set
+from infer_fast.errors import InferFastError
 from infer_fast.models.teacher import Teacher
-from infer_fast.settings import StudentSettings
+from infer_fast.settings import Compare, StudentSettings
 from infer_fast.students.labels import averaged_logits, dynamic_labels
 
-Compare = Literal["none", "random", "all"]
 DISTILLED, RANDOM_REAL, RANDOM_CODED, WHOLE = "distilled", "random real", "random real, coded", "whole dataset"
 LABELS = {  # what the table calls them
     "static": "soft labels",
@@ -71,10 +71,13 @@ def kinds(compare: str, labels: Sequence[str], coded: bool = False) -> list[Kind
     """The rows that `compare` asks for, once for each kind of soft labels, in the table's order.
 
     coded: whether random real images through the set's own codec are among them.
+    Raises InferFastError where they alone are asked for, and can't be had.
     """
+    if compare == "coded" and not coded:
+        raise InferFastError("--compare coded: only a budget of bytes counts what a codec makes of random real images.")
     own = list(dict.fromkeys(labels))
-    compared = [RANDOM_CODED, RANDOM_REAL] if coded else [RANDOM_REAL]
-    rows = {"none": [DISTILLED], "random": [DISTILLED, *compared], "all": [DISTILLED, *compared]}[compare]
+    every = [DISTILLED, RANDOM_CODED, RANDOM_REAL] if coded else [DISTILLED, RANDOM_REAL]
+    rows = every[: {"none": 1, "coded": 2}.get(compare, len(every))]
     hard = ["hard"] if compare == "all" else []
     made = [Kind(row, label) for row in rows for label in (*own, *hard)]
     return [*made, Kind(WHOLE, "hard")] if compare == "all" else made

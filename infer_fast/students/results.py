@@ -83,10 +83,12 @@ def _verdict(network: str, rows: Sequence[Row]) -> str:
     hard, whole = own.get((DISTILLED, LABELS["hard"])), own.get((WHOLE, LABELS["hard"]))
     if hard is not None and whole is not None:
         measures.append(f"HLR {whole.mean - hard.mean:.2f}")
-    best, random_best = (max(r.mean for (w, _), r in own.items() if w == which) for which in (DISTILLED, RANDOM_REAL))
-    measures.append(f"IOR {best - random_best:.2f}")
+    best, raw = ([r.mean for (w, _), r in own.items() if w == which] for which in (DISTILLED, RANDOM_REAL))
+    if raw:
+        measures.append(f"IOR {max(best) - max(raw):.2f}")
     n = len(rows[0].last)
-    return f"{network}, n={n}: the distilled set is {', '.join(said)}; {', '.join(measures)}."
+    measured = f"; {', '.join(measures)}" if measures else ""
+    return f"{network}, n={n}: the distilled set is {', '.join(said)}{measured}."
 
 
 def _distance(row: Row, other: Row) -> str:
