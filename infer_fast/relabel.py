@@ -24,15 +24,18 @@ from infer_fast.students.labels import averaged_logits, record_labels
 def relabel(distilled: DistilledSet, teachers: Sequence[Teacher]) -> DistilledSet:
     """The same set with logits float16 (C, k, M+1, C) averaged over `teachers` (INFER, arXiv 2408.06927, section 3.3).
 
-    The labels are those of the instances as stored: after quantisation, as a student will see them; and they are what
-    will be read of them. Raises InferFastError for a teacher whose logits float16 can't hold.
+    With a share of the truth, where the set's label store has one. The labels are those of the instances as stored:
+    after quantisation, as a student will see them; and they are what will be read of them. Raises InferFastError for a
+    teacher whose logits float16 can't hold.
     """
     on = device_of(teachers)
     with stage("relabel", len(teachers), "teachers") as running:
         logits = averaged_logits(
             teachers, lambda p: distilled.instances(p).to(on), len(distilled), on_teacher=running.advance
         )
-    return replace(distilled, logits=distilled.label_store.rounded(logits.half().cpu().view(distilled.logits.shape)))
+    shape = distilled.logits.shape
+    classes = distilled.labels().view(shape[:-1])
+    return replace(distilled, logits=distilled.label_store.of(logits.cpu().view(shape), classes))
 
 
 def teachers_of(distilled: DistilledSet, folder: Path) -> list[Teacher]:

@@ -169,6 +169,9 @@ class StoreSettings:
     """how soft labels are stored: whole rows in 16 or in 8 bits, or the top ones of each row in 8 bits"""
     label_top: int = 10
     """logits of a row that top keeps; the rest's probability is spread evenly"""
+    label_truth: float = field(default=0.0, metadata=ADDED_LATER)
+    """share of an image's own class in its stored soft label; the teachers' probabilities at the students' temperature
+    have the rest"""
     choice: Literal["random", "medoids"] = "random"
     """which training images are kept: random ones; medoids of k-means in the teachers' features, class by class"""
     compensators: int | None = None

@@ -85,11 +85,13 @@ def unlabelled(base: Base, stored: Quantised | None, labels: LabelStore, dataset
 
 
 def storage_of(recipe: Recipe, compensators: int) -> Storage:
-    """The recipe's, with so many compensators of each teacher."""
+    """The recipe's, with so many compensators of each teacher. Raises InferFastError for a truth that is no share."""
     store = recipe.store
-    labels = LabelStore(store.label_bits)
-    if store.label_bits == "top":
-        labels = LabelStore("top", store.label_top, recipe.student.temperature)
+    if not 0 <= store.label_truth < 1:
+        raise InferFastError(f"--label-truth {store.label_truth:g}: a label's share of the truth is 0 to less than 1.")
+    top = store.label_top if store.label_bits == "top" else 0
+    temperature = recipe.student.temperature if top or store.label_truth else 1.0  # where it matters
+    labels = LabelStore(store.label_bits, top, temperature, store.label_truth)
     side = recipe.synthesis.compensator_size
     return Storage(Codec(store.codec, store.quality), labels, len(recipe.arch_name), compensators, side)
 

@@ -15,7 +15,7 @@ from infer_fast.data.budget import Base, Storage, filled
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.fkd import epoch_bytes
 from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, smallest_class
-from infer_fast.data.label_store import AS_FLOAT16, LabelStore
+from infer_fast.data.label_store import LabelStore
 from infer_fast.data.sets import FileSet, ResidentSet, resident_distilled, resident_split, training_set
 from infer_fast.errors import InferFastError
 from infer_fast.models.teacher import Teacher
@@ -176,7 +176,7 @@ def _random_real(evaluation: Evaluation, soft: bool) -> Candidate:
         order = draw_of_each_class(dataset, -(-count // classes), generator)
         positions = order.flatten() if order.numel() == count else order.T.flatten()[:count]
         split = Split(dataset.train.at(positions), dataset.train.labels[positions.to(dataset.device)])
-        return _labelled(evaluation, split, AS_FLOAT16 if soft else None)
+        return _labelled(evaluation, split, evaluation.distilled.label_store.in_16_bits() if soft else None)
 
     return Candidate(RANDOM_REAL, "", count * image, count * each, 0, drawn)
 
@@ -213,7 +213,7 @@ def _labelled(evaluation: Evaluation, split: Split, store: LabelStore | None) ->
     dataset, logits = evaluation.dataset, None
     if store is not None and evaluation.teachers:
         logits = averaged_logits(evaluation.teachers, lambda p: dataset.pixels.normalise(split.images[p]), len(split))
-        logits = store.rounded(logits).float()
+        logits = store.of(logits, split.labels.to(logits.device)).float()
     return resident_split(split, len(dataset.classes), dataset.pixels, logits)
 
 

@@ -79,5 +79,11 @@ def test_a_budget_for_nothing_is_an_error(generator):
 def test_a_recipe_says_how_it_is_stored():
     recipe = replace(RECIPES["digits"], store=StoreSettings(codec="avif", quality=45, label_bits="top", label_top=3))
     assert storage_of(recipe, 2) == Storage(Codec("avif", 45), LabelStore("top", 3, 4.0), 4, 2)
+    mixed = replace(recipe, store=StoreSettings(label_bits="uint8", label_truth=0.5))
+    assert storage_of(mixed, 0).labels == LabelStore("uint8", 0, 4.0, 0.5)
+    assert storage_of(replace(recipe, store=StoreSettings()), 0).labels == AS_FLOAT16
+    for share in (-0.1, 1.0):
+        with pytest.raises(InferFastError, match=f"--label-truth {share:g}"):
+            storage_of(replace(recipe, store=StoreSettings(label_truth=share)), 0)
     smaller = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=5))
     assert storage_of(smaller, 2) == replace(storage_of(recipe, 2), side=5)
