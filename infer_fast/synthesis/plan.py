@@ -100,6 +100,10 @@ def make_plan(
     each = [lanes] * len(recipe.arch_name) if isinstance(lanes, int) else list(lanes)
     if min(each) < 1:
         raise InferFastError(f"{min(each)} lanes were asked for: it must be at least 1.")
+    if settings.optimise == "images" and recipe.store.budget == "bytes":
+        raise InferFastError(
+            "--optimise images fills --budget images: what a codec will make of such images is not known before."
+        )
     added = _size_of_compensators(settings, size)
     if settings.optimise == "images":
         k, n, teachers, chunk = recipe.ipc, 0, range(1), settings.batch_size

@@ -87,3 +87,10 @@ def test_settings_that_cannot_work_are_errors():
         make_plan(replace(recipe, arch_name=()), 10, (8, 8))
     with pytest.raises(InferFastError, match="0 lanes"):
         make_plan(recipe, 10, (8, 8), lanes=0)
+
+
+def test_images_that_are_optimised_do_not_fill_a_budget_of_bytes():
+    recipe = RECIPES["digits"]
+    synthesis, store = replace(recipe.synthesis, optimise="images"), replace(recipe.store, budget="bytes")
+    with pytest.raises(InferFastError, match="--optimise images fills --budget images"):
+        make_plan(replace(recipe, synthesis=synthesis, store=store), 10, (8, 8))
