@@ -96,14 +96,14 @@ def storage_of(recipe: Recipe, compensators: int) -> Storage:
     return Storage(Codec(store.codec, store.quality), labels, len(recipe.arch_name), compensators, side)
 
 
-def filled(draw: Callable[[int], torch.Tensor], most: int, storage: Storage, budget: int) -> Base:
+def filled(draw: Callable[[int], torch.Tensor], most: int, storage: Storage, budget: int, guess: int = SAMPLE) -> Base:
     """The most base images of each class whose set fits into `budget` bytes.
 
-    draw(k): k images of each class, uint8 (C, k, 3, H, W); most: the largest k there is. The size is taken to grow with
-    k. Raises InferFastError where one image of each class does not fit.
+    draw(k): k images of each class, uint8 (C, k, 3, H, W); most: the largest k there is; guess: the k that is tried
+    first, for coding many images takes its time. The size is taken to grow with k. Raises InferFastError where one image of each class does not fit.
     """
     best, fits, beyond = None, 0, most + 1
-    k = min(most, SAMPLE)
+    k = min(most, guess)
     while beyond - fits > 1:
         base = storage.coded(draw(k))
         size = storage.file_bytes(base)

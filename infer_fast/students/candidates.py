@@ -194,7 +194,7 @@ def _random_coded(evaluation: Evaluation, soft: bool) -> Candidate:
     @cache
     def base(seed: int) -> Base:
         order = draw_of_each_class(dataset, most, torch.Generator().manual_seed(seed))
-        return filled(lambda k: dataset.train.at(order[:, :k]).cpu(), most, storage, budget)
+        return filled(lambda k: dataset.train.at(order[:, :k]).cpu(), most, storage, budget, distilled.base.shape[1])
 
     def drawn(seed: int) -> ResidentSet:
         images = base(seed).images

@@ -42,6 +42,9 @@ def test_a_budget_holds_as_many_images_as_fit_and_no_more(generator, storage):
     assert 0 < k < 60 and storage.file_bytes(base) <= budget
     assert storage.file_bytes(storage.coded(images[:, : k + 1])) > budget
     assert len(asked) <= 10
+    asked.clear()
+    again = filled(draw, 60, storage, budget, guess=k + 1)
+    assert torch.equal(again.images, base.images) and len(asked) <= 5
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: s.codec.name)
@@ -77,7 +80,7 @@ def test_a_budget_for_nothing_is_an_error(generator):
 
 
 def test_a_recipe_says_how_it_is_stored():
-    recipe = replace(RECIPES["digits"], store=StoreSettings(codec="avif", quality=45, label_bits="top", label_top=3))
+    recipe = replace(RECIPES["digits-infer"], store=StoreSettings(codec="avif", quality=45, label_bits="top", label_top=3))
     assert storage_of(recipe, 2) == Storage(Codec("avif", 45), LabelStore("top", 3, 4.0), 4, 2)
     mixed = replace(recipe, store=StoreSettings(label_bits="uint8", label_truth=0.5))
     assert storage_of(mixed, 0).labels == LabelStore("uint8", 0, 4.0, 0.5)
