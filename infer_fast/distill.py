@@ -315,8 +315,8 @@ class _Published:
 def _recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
     """The recipe that is named, or the one that the flags of the published scripts stand for.
 
-    Without a name, --dataset chooses its own INFER recipe if it has one; and since those scripts have no budget but the
-    last task, an --ipc-end beyond the recipe's ipc sets it, where --ipc does not.
+    Without a name, --dataset chooses its own INFER recipe if it has one, else digits'; and since those scripts have no
+    budget but the last task, an --ipc-end beyond the recipe's ipc sets it, where --ipc does not.
     """
     name, recipe, flags = cli.take_recipe(args)
     if flags is not args:
@@ -324,7 +324,8 @@ def _recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
     given = cli.glance(_Published, flags, PROG)
     if given.dataset is not None:
         name = f"{canonical_name(given.dataset).removesuffix('-imagenet')}-infer-ipc10"
-        name, recipe = (name, RECIPES[name]) if name in RECIPES else ("digits", recipe)
+        name = name if name in RECIPES else "digits-infer"
+        recipe = RECIPES[name]
     if given.ipc_end is not None and given.ipc_end.isdigit() and given.ipc is None:
         recipe = replace(recipe, ipc=max(recipe.ipc, int(given.ipc_end)))
     return name, recipe, flags

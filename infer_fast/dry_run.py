@@ -156,9 +156,12 @@ def list_recipes() -> str:
         plan = make_plan(recipe, classes, size)
         images = sum(len(b.indices) * (b.last_class - b.first_class) * _flops(plan.teachers[b.teacher], classes, size)
                      for b in plan.batches)  # fmt: skip
+        k, weight = f"{plan.k:4}", f"{plan.image_bytes:14,} {plan.label_bytes:13,}"
+        if recipe.store.budget == "bytes":  # which a codec fills: how many there are is seen then
+            k, weight = f"{'-':>4}", f"{plan.budget_bytes:14,} {'with them':>13}"
         rows.append(
-            f"{name:24} {recipe.dataset:14} {len(plan.teachers):8} {plan.tasks:6} {plan.iterations:10} {plan.k:4} "
-            f"{plan.image_bytes:14,} {plan.label_bytes:13,} {images * plan.iterations / 1e15:10.3g}"
+            f"{name:24} {recipe.dataset:14} {len(plan.teachers):8} {plan.tasks:6} {plan.iterations:10} {k} "
+            f"{weight} {images * plan.iterations / 1e15:10.3g}"
         )
     return "\n".join(rows)
 

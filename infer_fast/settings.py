@@ -7,8 +7,8 @@ and the weights of the loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 try:
     from tyro.conf import arg
@@ -22,6 +22,14 @@ ADDED_LATER = {"added later": True}  # of a field: files written before it was t
 Precision = Literal["auto", "fast", "float32", "tf32", "bfloat16"]
 Compare = Literal["none", "coded", "random", "all"]  # see infer_fast.students.candidates
 Engine = Literal["auto", "eager", "compile", "graph", "graph-compile"]  # see infer_fast.models.engine
+
+
+def asked(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass, without those that were added later and have their default: for keys of what is kept,
+    so that what was made before them is found."""
+    own = {field.name: field for field in fields(settings)}
+    values = {name: getattr(settings, name) for name in own}
+    return {n: v for n, v in values.items() if own[n].metadata != ADDED_LATER or v != own[n].default}
 
 
 @dataclass(frozen=True)

@@ -120,10 +120,15 @@ SMALL = [
     "convnet",
     "convnet-silu",
     "--ipc=4",
+    "--budget=images",
+    "--codec=raw",
+    "--label-bits=float16",
+    "--label-truth=0",
+    "--compensators=None",
 ]
 
 
 @pytest.fixture
 def small_flags() -> list[str]:
-    """Flags that shrink the digits recipe to a few seconds: 2 teachers, k = 3, 6 iterations."""
+    """Flags that make a few seconds of INFER of the digits recipe: 2 teachers, k = 3, 6 iterations."""
     return list(SMALL)

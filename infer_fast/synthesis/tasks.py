@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher, device_of
 from infer_fast.progress import stage
 from infer_fast.recipes import SKIPPED_BATCHNORMS
-from infer_fast.settings import SynthesisSettings
+from infer_fast.settings import SynthesisSettings, asked
 from infer_fast.synthesis.plan import Plan, TaskBatch
 from infer_fast.synthesis.problem import pixels_of
 from infer_fast.synthesis.solver import LOG_EVERY, NonFiniteLossError, Solver
@@ -68,7 +68,7 @@ class Synthesis:
         """A hash of everything a task's result depends on: other settings never mix with these."""
         how = self.execution
         parts = {
-            "settings": asdict(self.settings),
+            "settings": asked(self.settings),
             "teachers": [t.sha256 for t in self.teachers],
             "base": hashlib.sha256(self.base.images.numpy().data).hexdigest(),
             "how": [how.precision, how.engine, how.backend, device_of(self.teachers).type],

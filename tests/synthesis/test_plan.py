@@ -26,7 +26,7 @@ def test_cifar100_at_ipc_10():
 @pytest.mark.parametrize("ipc", [1, *range(2, 30), 50, 100])
 @pytest.mark.parametrize("size", [(8, 8), (32, 32)])
 def test_the_budget_is_never_exceeded(ipc, size):
-    recipe = replace(RECIPES["digits"], ipc=ipc)
+    recipe = replace(RECIPES["digits-infer"], ipc=ipc)
     if ipc == 1:
         with pytest.raises(InferFastError, match=r"ipc 1 is too small.*--ipc 2 would"):
             make_plan(recipe, 10, size)
@@ -37,7 +37,7 @@ def test_the_budget_is_never_exceeded(ipc, size):
 
 
 def test_smaller_compensators_leave_room_for_base_images():
-    recipe = RECIPES["digits"]
+    recipe = RECIPES["digits-infer"]
     smaller = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=2))
     plan = make_plan(smaller, 10, (8, 8))
     assert plan.added == (2, 2) and plan.n == plan.k == 9
@@ -48,7 +48,7 @@ def test_smaller_compensators_leave_room_for_base_images():
 
 @pytest.mark.parametrize(("side", "optimise"), [(0, "compensator"), (9, "compensator"), (4, "images")])
 def test_compensators_of_a_size_that_cannot_be_are_an_error(side, optimise):
-    recipe = RECIPES["digits"]
+    recipe = RECIPES["digits-infer"]
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=side, optimise=optimise))
     with pytest.raises(InferFastError, match=f"--compensator-size {side}"):
         make_plan(recipe, 10, (8, 8))
@@ -56,7 +56,7 @@ def test_compensators_of_a_size_that_cannot_be_are_an_error(side, optimise):
 
 def test_every_task_is_in_one_batch_whatever_the_lanes():
     for lanes in (1, 3, 100, (1, 2, 3, 100)):
-        plan = make_plan(RECIPES["digits"], 10, (8, 8), lanes)
+        plan = make_plan(RECIPES["digits-infer"], 10, (8, 8), lanes)
         tasks = [(b.teacher, j) for b in plan.batches for j in b.indices]
         assert sorted(tasks) == [(m, j) for m in range(4) for j in range(plan.k)]
         most = [lanes] * 4 if isinstance(lanes, int) else lanes
@@ -64,7 +64,7 @@ def test_every_task_is_in_one_batch_whatever_the_lanes():
 
 
 def test_image_mode_splits_the_classes():
-    recipe = RECIPES["digits"]
+    recipe = RECIPES["digits-infer"]
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, optimise="images", batch_size=4))
     plan = make_plan(recipe, 10, (8, 8), lanes=10)
     assert [(b.first_class, b.last_class) for b in plan.batches] == [(0, 4), (4, 8), (8, 10)]
@@ -72,13 +72,13 @@ def test_image_mode_splits_the_classes():
 
 
 def test_a_compensator_is_shared_by_all_classes_whatever_the_batch_size():
-    recipe = RECIPES["digits"]
+    recipe = RECIPES["digits-infer"]
     plan = make_plan(replace(recipe, synthesis=replace(recipe.synthesis, batch_size=4)), 101, (8, 8))
     assert {(b.first_class, b.last_class) for b in plan.batches} == {(0, 101)}
 
 
 def test_settings_that_cannot_work_are_errors():
-    recipe = RECIPES["digits"]
+    recipe = RECIPES["digits-infer"]
     with pytest.raises(InferFastError, match="batch size 0 is too small"):
         make_plan(replace(recipe, synthesis=replace(recipe.synthesis, batch_size=0)), 10, (8, 8))
     with pytest.raises(InferFastError, match="at least 1 image"):
@@ -90,7 +90,7 @@ def test_settings_that_cannot_work_are_errors():
 
 
 def test_images_that_are_optimised_do_not_fill_a_budget_of_bytes():
-    recipe = RECIPES["digits"]
+    recipe = RECIPES["digits-infer"]
     synthesis, store = replace(recipe.synthesis, optimise="images"), replace(recipe.store, budget="bytes")
     with pytest.raises(InferFastError, match="--optimise images fills --budget images"):
         make_plan(replace(recipe, synthesis=synthesis, store=store), 10, (8, 8))
