@@ -226,7 +226,7 @@ def test_a_diverging_batch_loses_none_of_the_others(tmp_path, call_module, small
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, call_module):
-    done = call_module("distill", "--dry-run")
+    done = call_module("distill", "digits-infer", "--dry-run")
     assert done.returncode == 0, done.stderr
     for words in ("28 tasks", "k = 7", "19,152 bytes of a budget of 19,200", "estimate"):
         assert words in done.stdout

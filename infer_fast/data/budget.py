@@ -100,7 +100,8 @@ def filled(draw: Callable[[int], torch.Tensor], most: int, storage: Storage, bud
     """The most base images of each class whose set fits into `budget` bytes.
 
     draw(k): k images of each class, uint8 (C, k, 3, H, W); most: the largest k there is; guess: the k that is tried
-    first, for coding many images takes its time. The size is taken to grow with k. Raises InferFastError where one image of each class does not fit.
+    first, for coding many images takes its time. The size is taken to grow with k.
+    Raises InferFastError where one image of each class does not fit.
     """
     best, fits, beyond = None, 0, most + 1
     k = min(most, guess)

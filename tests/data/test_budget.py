@@ -80,7 +80,8 @@ def test_a_budget_for_nothing_is_an_error(generator):
 
 
 def test_a_recipe_says_how_it_is_stored():
-    recipe = replace(RECIPES["digits-infer"], store=StoreSettings(codec="avif", quality=45, label_bits="top", label_top=3))
+    store = StoreSettings(codec="avif", quality=45, label_bits="top", label_top=3)
+    recipe = replace(RECIPES["digits-infer"], store=store)
     assert storage_of(recipe, 2) == Storage(Codec("avif", 45), LabelStore("top", 3, 4.0), 4, 2)
     mixed = replace(recipe, store=StoreSettings(label_bits="uint8", label_truth=0.5))
     assert storage_of(mixed, 0).labels == LabelStore("uint8", 0, 4.0, 0.5)

@@ -43,8 +43,9 @@ def command(module: str, flags: str) -> None:
 
 
 def check_distill_with_all_labels_relabel_and_validate():
+    labels = "--student.labels static dynamic fkd --student.mix-type mixup"
     with working_folder() as record:
-        command("distill", f"digits {SMALL} --student.labels static dynamic fkd --student.mix-type mixup")
+        command("distill", f"digits-infer --exp-name digits {SMALL} {labels}")
         run = Path("runs/digits")
         card = json.loads((run / "card.json").read_text())
         assert card["results"][0]["labels"], card["results"]
@@ -59,5 +60,5 @@ def check_distill_with_all_labels_relabel_and_validate():
 def check_images_with_weight_adjustment():
     images = "--optimise images --steps 2 --rho 0.1 --r-var 11 --tv-l2 1e-3"
     with working_folder() as record:
-        command("distill", f"digits {SMALL} --arch-name convnet {images}")
+        command("distill", f"digits-infer {SMALL} --arch-name convnet {images}")
     assert record.captured_launches["_forward"] > 0 and record.launches["_step"] == 4
