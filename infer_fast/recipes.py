@@ -56,7 +56,6 @@ FASHION_MNIST_INFER = Recipe(
 DIGITS = replace(
     DIGITS_INFER,
     store=StoreSettings("bytes", "webp", 100, "uint8", label_truth=0.5, compensators=0),
-    student=replace(DIGITS_INFER.student, temperature=1.0),
 )
 FASHION_MNIST = replace(
     FASHION_MNIST_INFER,
