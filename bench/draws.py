@@ -1,7 +1,7 @@
 """Is a recipe's set worth more than random real images through the same codec? Several draws of its base images tell.
 
     python -m bench.draws digits --draws 5 --seeds 3
-    python -m bench.draws fashion-mnist --data-path DIR --held-out 10000 --choice medoids --output draws.json
+    python -m bench.draws fashion-mnist --data-path DIR --held-out 10000 --compensators 1 --output draws.json
 
 Each draw makes a set anew, by a seed of its own, and random real images of the same bytes, drawn anew for each student;
 the teachers stay. What is said in the end is the mean difference and its standard error over the draws. Flags are those

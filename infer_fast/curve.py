@@ -1,7 +1,7 @@
 """A curve, not a point: accuracy against bytes, of the distilled set and of random real images.
 
 Used by python -m infer_fast.validate --budgets 25% 50% 100% 200%. At each budget the set is filled anew with base
-images as its recipe chooses them, its compensators stay, and all points' students get as many updates.
+images by its recipe, its compensators stay, and all points' students get as many updates.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def points(evaluation: Evaluation, recipe: Recipe, shares: Sequence[float], judg
     added = distilled.stored_compensators
     teachers, compensators, _, side, _ = (0, 0, 0, 0, 0) if added is None else added.values.shape
     storage = Storage(distilled.coded.codec, distilled.label_store, teachers, compensators, side)
-    draw, most = drawn(dataset, recipe, evaluation.teachers), smallest_class(dataset)
+    draw, most = drawn(dataset, recipe), smallest_class(dataset)
     found = {}
     for share in shares:
         base = filled(draw, most, storage, int(share * budget))

@@ -215,7 +215,7 @@ def distill(options: DistillOptions, recipe_name: str = "digits") -> list[Row]:
     with clock.stage("squeeze"):
         teachers = squeeze(job.dataset, job.recipe.arch_name, job.origin, options.syn_data_path / "teachers")
     with clock.stage("base images"):
-        base = base_images(job.dataset, job.recipe, job.plan, teachers, options.init_path)
+        base = base_images(job.dataset, job.recipe, job.plan, options.init_path)
         job = job.with_base_images(base.images.shape[1])
     with clock.stage("synthesis"):
         write_json(job.folder / ROOM, job.room._asdict())  # the run goes on in the room it was planned for

@@ -180,8 +180,6 @@ class StoreSettings:
     label_truth: float = field(default=0.0, metadata=ADDED_LATER)
     """share of an image's own class in its stored soft label; the teachers' probabilities at the students' temperature
     have the rest"""
-    choice: Literal["random", "medoids"] = "random"
-    """which training images are kept: random ones; medoids of k-means in the teachers' features, class by class"""
     compensators: int | None = None
     """for each teacher; None: one for each base image of a class, as INFER"""
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from infer_fast.data.budget import SAMPLE, Base, filled, storage_of
 from infer_fast.data.class_folders import has_folders, read_image_set
-from infer_fast.data.images import ImageDataset, smallest_class
+from infer_fast.data.images import ImageDataset, draw_of_each_class, smallest_class
 from infer_fast.errors import InferFastError
-from infer_fast.models.teacher import Teacher
 from infer_fast.settings import Recipe, SynthesisSettings
-from infer_fast.synthesis.choice import chooser
 from infer_fast.synthesis.plan import Plan
 from infer_fast.synthesis.problem import pixels_of
 from infer_fast.synthesis.views import task_generator
 
 
-def base_images(
-    dataset: ImageDataset, recipe: Recipe, plan: Plan, teachers: Sequence[Teacher] = (), given: Path | None = None
-) -> Base:
-    """uint8 (C, k, 3, H, W) on the CPU: training images of every class as the recipe chooses them, or those in `given`.
+def base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path | None = None) -> Base:
+    """uint8 (C, k, 3, H, W) on the CPU: random training images of every class, or those in `given`.
 
     They are what a student will see: coded and decoded again where the recipe codes them. k is the plan's, or with a
     budget of bytes the largest that fits. given: class folders of images, or tensor_0.pt to tensor_{k-1}.pt, each
@@ -35,18 +30,14 @@ def base_images(
     if recipe.store.budget == "bytes" and given is not None:
         raise InferFastError("--init-path gives as many base images as --budget images counts: choose that budget.")
     if recipe.store.budget == "bytes":
-        return filled(drawn(dataset, recipe, teachers), smallest_class(dataset), storage, plan.budget_bytes)
-    if given is not None:
-        images = _given(dataset, recipe.synthesis, plan, given)
-    else:
-        images = drawn(dataset, recipe, teachers)(plan.k)
+        return filled(drawn(dataset, recipe), smallest_class(dataset), storage, plan.budget_bytes)
+    images = drawn(dataset, recipe)(plan.k) if given is None else _given(dataset, recipe.synthesis, plan, given)
     return Base(images) if recipe.store.codec == "raw" else storage.coded(images)
 
 
 def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:
     """About how many base images of each class a budget of bytes holds: by the size of a few."""
-    random = replace(recipe, store=replace(recipe.store, choice="random"))  # others take teachers
-    draw, storage = drawn(dataset, random), storage_of(recipe, recipe.store.compensators or 0)
+    draw, storage = drawn(dataset, recipe), storage_of(recipe, recipe.store.compensators or 0)
     most = smallest_class(dataset)
     some = min(most, SAMPLE)
     empty, size = (storage.file_bytes(storage.coded(draw(k))) for k in (1, some))
@@ -55,10 +46,15 @@ def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:
     return max(1, min(most, (budget - empty) // each))
 
 
-def drawn(dataset: ImageDataset, recipe: Recipe, teachers: Sequence[Teacher] = ()) -> Callable[[int], torch.Tensor]:
-    """draw(k): k training images of each class, uint8 (C, k, 3, H, W) on the CPU, as the recipe chooses them."""
-    choose = chooser(dataset, recipe.store.choice, teachers, task_generator(recipe.synthesis.seed, 0, 0, "base images"))
-    return lambda k: dataset.train.at(choose(k)).cpu()
+def drawn(dataset: ImageDataset, recipe: Recipe) -> Callable[[int], torch.Tensor]:
+    """draw(k): k random training images of each class, uint8 (C, k, 3, H, W) on the CPU; more begin with the same."""
+    state = task_generator(recipe.synthesis.seed, 0, 0, "base images").get_state()
+
+    def draw(k: int) -> torch.Tensor:
+        positions = draw_of_each_class(dataset, k, torch.Generator().set_state(state))
+        return dataset.train.at(positions).cpu()
+
+    return draw
 
 
 def _given(dataset: ImageDataset, settings: SynthesisSettings, plan: Plan, given: Path) -> torch.Tensor:
