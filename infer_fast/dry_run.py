@@ -34,6 +34,8 @@ def describe(plan: Plan, dataset: ImageDataset, store: StoreSettings, room: Room
     lanes = max((len(b.indices) for b in plan.batches), default=0)
     chunked = [f"{name}: {n} images in one pass" for name, n in zip(plan.teachers, room.chunks, strict=True) if n]
     chunks = f" ({', '.join(chunked)})" if chunked else ""
+    tasks = f"{plan.tasks} tasks of {plan.iterations} iterations, in {len(plan.batches)} batches of up to {lanes} lanes"
+    tasks = tasks + chunks if plan.tasks else "none: no compensators"
     spent = ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items())
     about, weight = "", _raw_weight(plan, whole)
     if store.budget == "bytes":
@@ -46,8 +48,7 @@ def describe(plan: Plan, dataset: ImageDataset, store: StoreSettings, room: Room
         f"dataset    {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
         f"of {plan.size[0]}x{plan.size[1]}, {plan.classes} classes",
         f"teachers   {', '.join(plan.teachers)}",
-        f"tasks      {plan.tasks} tasks of {plan.iterations} iterations, in {len(plan.batches)} batches of up to "
-        f"{lanes} lanes{chunks}",
+        f"tasks      {tasks}",
         f"stored     k = {about}{plan.k} base images per class, {what}: {plan.stored_images:,} images for "
         f"{plan.instances:,} instances",
         *weight,

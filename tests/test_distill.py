@@ -231,6 +231,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, call_module):
     for words in ("28 tasks", "k = 7", "19,152 bytes of a budget of 19,200", "estimate"):
         assert words in done.stdout
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["teachers"]
+    coded = call_module("distill", "--dry-run")
+    assert "none: no compensators" in coded.stdout and "19,200 bytes for images (webp)" in coded.stdout
 
 
 @pytest.mark.slow
