@@ -1,6 +1,6 @@
 """infer_fast: dataset distillation (INFER, DWA, SRe2L) at the speed of the hardware.
 
-python -m infer_fast.distill              # digits, the whole way, in about a minute on two cores
+python -m infer_fast.distill              # digits, the whole way, in under two minutes on two cores
 python -m infer_fast.distill --help       # every setting
 infer_fast.load("runs/digits")            # the distilled set as a torch Dataset of (instance, logits, class)
 """

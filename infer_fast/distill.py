@@ -1,6 +1,6 @@
 """The main job, the whole way: dataset -> teachers -> compensators -> soft labels -> distilled set -> students' table.
 
-    python -m infer_fast.distill                                   # digits: about a minute on two cores, no network
+    python -m infer_fast.distill                                   # digits: under two minutes on two cores, no network
     python -m infer_fast.distill fashion-mnist --data-path DIR     # a recipe on files of your own
     python -m infer_fast.distill cifar100-infer-ipc10 --data-path DIR --dry-run
     python -m infer_fast.distill --list                            # every recipe: tasks, bytes, operations
