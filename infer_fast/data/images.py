@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -236,6 +237,16 @@ def draw_of_each_class(dataset: ImageDataset, count: int, generator: torch.Gener
             )
         rows.append(own[torch.randperm(len(own), generator=generator)[:count]])
     return torch.stack(rows)
+
+
+def drawing(dataset: ImageDataset, generator: torch.Generator) -> Callable[[int], torch.Tensor]:
+    """draw(k): k random training images of each class, uint8 (C, k, 3, H, W) on the CPU; more begin with the same."""
+    state = generator.get_state()
+
+    def draw(k: int) -> torch.Tensor:
+        return dataset.train.at(draw_of_each_class(dataset, k, torch.Generator().set_state(state))).cpu()
+
+    return draw
 
 
 def _check(name: str, split: Split | FileSplit, which: str, classes: int) -> None:

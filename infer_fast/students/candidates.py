@@ -14,7 +14,7 @@ from infer_fast.data.augment import augmentation_of
 from infer_fast.data.budget import Base, Storage, filled
 from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.fkd import epoch_bytes
-from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, smallest_class
+from infer_fast.data.images import ImageDataset, Split, draw_of_each_class, drawing, smallest_class
 from infer_fast.data.label_store import LabelStore
 from infer_fast.data.sets import FileSet, ResidentSet, resident_distilled, resident_split, training_set
 from infer_fast.errors import InferFastError
@@ -193,8 +193,8 @@ def _random_coded(evaluation: Evaluation, soft: bool) -> Candidate:
 
     @cache
     def base(seed: int) -> Base:
-        order = draw_of_each_class(dataset, most, torch.Generator().manual_seed(seed))
-        return filled(lambda k: dataset.train.at(order[:, :k]).cpu(), most, storage, budget, distilled.base.shape[1])
+        draw = drawing(dataset, torch.Generator().manual_seed(seed))
+        return filled(draw, most, storage, budget, distilled.base.shape[1])
 
     def drawn(seed: int) -> ResidentSet:
         images = base(seed).images

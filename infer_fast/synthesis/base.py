@@ -9,7 +9,7 @@ import torch
 
 from infer_fast.data.budget import SAMPLE, Base, filled, storage_of
 from infer_fast.data.class_folders import has_folders, read_image_set
-from infer_fast.data.images import ImageDataset, draw_of_each_class, smallest_class
+from infer_fast.data.images import ImageDataset, drawing, smallest_class
 from infer_fast.errors import InferFastError
 from infer_fast.settings import Recipe, SynthesisSettings
 from infer_fast.synthesis.plan import Plan
@@ -47,14 +47,8 @@ def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:
 
 
 def drawn(dataset: ImageDataset, recipe: Recipe) -> Callable[[int], torch.Tensor]:
-    """draw(k): k random training images of each class, uint8 (C, k, 3, H, W) on the CPU; more begin with the same."""
-    state = task_generator(recipe.synthesis.seed, 0, 0, "base images").get_state()
-
-    def draw(k: int) -> torch.Tensor:
-        positions = draw_of_each_class(dataset, k, torch.Generator().set_state(state))
-        return dataset.train.at(positions).cpu()
-
-    return draw
+    """draw(k): the recipe's base images, as infer_fast.data.images.drawing gives them."""
+    return drawing(dataset, task_generator(recipe.synthesis.seed, 0, 0, "base images"))
 
 
 def _given(dataset: ImageDataset, settings: SynthesisSettings, plan: Plan, given: Path) -> torch.Tensor:
