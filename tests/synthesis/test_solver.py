@@ -98,7 +98,7 @@ def test_large_images_are_seen_cropped_and_flipped(generator):
 def test_a_smaller_compensator_is_enlarged_in_the_view(generator):
     """Its gradient is that of the published loss of base + interpolate(u), and solving lowers that loss."""
     network, base = teacher_and_base(generator, lanes=1)
-    settings = replace(SETTINGS, compensator_size=3)
+    settings = replace(SETTINGS, iterations=60, compensator_size=3)
     u = 0.1 * torch.randn(1, 1, 3, 3, 3, generator=generator)
     shift = torch.randint(0, 3, (1, 2), generator=generator)
     problem = Problem(MatchedTeacher(network, r_var=settings.r_var), base, torch.arange(CLASSES), settings)
