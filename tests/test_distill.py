@@ -367,7 +367,7 @@ def test_a_budget_of_bytes_counts_the_whole_file(tmp_path, run_module, small_fla
     assert card["bytes"]["file"] == weight and 0.9 * 7680 < weight <= 7680
     distilled = infer_fast.load(run)
     assert distilled.base.shape[1] == card["k"] > 4 and distilled.compensators.values.shape == (2, 1, 3, 8, 8)
-    assert distilled.small.values.shape == (2, 1, 3, 4, 4) and "2 compensators of 4x4" in planned.stdout
+    assert distilled.stored_compensators.values.shape == (2, 1, 3, 4, 4) and "2 compensators of 4x4" in planned.stdout
     assert "synthesis: 12/12 task iterations" in done.stderr
     assert "random real, coded | soft" in done.stdout and "points" in done.stdout
     assert "The smallest teacher, convnet" in done.stdout

@@ -10,7 +10,7 @@ import torch
 
 from infer_fast.data.card import ByteCard
 from infer_fast.data.codec import Codec, Coded, encode
-from infer_fast.data.distilled import DistilledSet, full_size, quantise
+from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.data.images import ImageDataset
 from infer_fast.data.label_store import LabelStore
 from infer_fast.data.pixels import AS_STORED
@@ -70,17 +70,9 @@ def unlabelled(base: Base, stored: Quantised | None, labels: LabelStore, dataset
     """The set of these images and compensators as they are stored, labels still zero; labels: how they will be."""
     classes, k = base.images.shape[:2]
     views = 1 if stored is None else 1 + len(stored.values)
-    compensators = None if stored is None else full_size(stored, dataset.size)
     logits = torch.zeros(classes, k, views, classes, dtype=torch.float16)
     return DistilledSet(
-        base.images,
-        compensators,
-        logits,
-        dataset.pixels,
-        dataset.classes,
-        coded=base.coded,
-        label_store=labels,
-        small=None if compensators is stored else stored,
+        base.images, stored, logits, dataset.pixels, dataset.classes, coded=base.coded, label_store=labels
     )
 
 

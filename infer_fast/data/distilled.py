@@ -7,6 +7,7 @@ Images and labels are stored raw, as the papers count them, or coded: decoded on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,27 +62,25 @@ def full_size(small: Quantised, size: tuple[int, int]) -> Quantised:
 class DistilledSet(Dataset):
     """A distilled set as a torch Dataset of (instance float32 (3, H, W) normalised, logits float32 (C,), class).
 
-    base: uint8 (C, k, 3, H, W); compensators: bytes (M, n, 3, H, W) with scale and offset (M, n, 3), or None without
-    any; logits: float16 (C, k, M+1, C); pixels: of the dataset; card: how it was made (None: not kept yet); coded: what
-    base was decoded from (None: stored raw); label_store: how the logits are stored; small: what compensators were
-    enlarged from, (M, n, 3, s, s) (None: they are stored as they are).
+    base: uint8 (C, k, 3, H, W); stored_compensators: bytes (M, n, 3, s, s) with scale and offset (M, n, 3), or None
+    without any; logits: float16 (C, k, M+1, C); pixels: of the dataset; card: how it was made (None: not kept yet);
+    coded: what base was decoded from (None: stored raw); label_store: how the logits are stored.
     Instance (c, j, 0) is base image j of class c bare; (c, j, 1+m) has teacher m's compensator j modulo n added.
     """
 
     base: torch.Tensor
-    compensators: Quantised | None
+    stored_compensators: Quantised | None
     logits: torch.Tensor
     pixels: Pixels
     classes: tuple[str, ...]
     card: Card | None = None
     coded: Coded | None = None
     label_store: LabelStore = AS_FLOAT16
-    small: Quantised | None = None
 
-    @property
-    def stored_compensators(self) -> Quantised | None:
-        """Compensators as they are stored."""
-        return self.compensators if self.small is None else self.small
+    @cached_property
+    def compensators(self) -> Quantised | None:
+        """Compensators as large as the images, (M, n, 3, H, W). Raises InferFastError where they can't be enlarged."""
+        return None if self.stored_compensators is None else full_size(self.stored_compensators, self.size)
 
     @property
     def compensator_bytes(self) -> int:
@@ -91,7 +90,7 @@ class DistilledSet(Dataset):
     @property
     def views_per_base(self) -> int:
         """M + 1 instances are made of each base image."""
-        return 1 if self.compensators is None else 1 + len(self.compensators.values)
+        return 1 if self.stored_compensators is None else 1 + len(self.stored_compensators.values)
 
     @property
     def image_bytes(self) -> int:
@@ -151,17 +150,13 @@ class DistilledSet(Dataset):
 
     def part(self, k: int, teachers: int) -> DistilledSet:
         """The first k base images of each class, with the compensators of the first `teachers` teachers; stored raw."""
-        compensators, small = (
-            None if teachers == 0 or added is None else Quantised(*(t[:teachers, :k] for t in added))
-            for added in (self.compensators, self.small)
-        )
+        added = self.stored_compensators if teachers else None
         return replace(
             self,
             base=self.base[:, :k],
-            compensators=compensators,
+            stored_compensators=None if added is None else Quantised(*(t[:teachers, :k] for t in added)),
             logits=self.logits[:, :k, : teachers + 1],
             coded=self.coded if k == self.base.shape[1] else None,
-            small=small,
         )
 
     def save(self, folder: Path) -> Path:
@@ -176,7 +171,7 @@ class DistilledSet(Dataset):
         if self.coded is not None:
             tensors |= {f"{MOSAIC}{position:04d}": part for position, part in enumerate(self.coded.parts)}
         else:
-            tensors["images" if self.compensators is None else "base"] = self.base
+            tensors["images" if self.stored_compensators is None else "base"] = self.base
         if self.stored_compensators is not None:
             tensors |= dict(zip(COMPENSATORS, self.stored_compensators, strict=True))
         images = {} if self.coded is None else self.coded.layout()
@@ -202,44 +197,40 @@ def load(path: str | Path) -> DistilledSet:
             coded = coded_from(stored["images"], parts)
         there = COMPENSATORS[0] in tensors
         base = decode(coded) if coded is not None else tensors["base" if there else "images"]
-        stored_added = Quantised(*(tensors[name] for name in COMPENSATORS)) if there else None
-        added = None if stored_added is None else full_size(stored_added, (base.shape[3], base.shape[4]))
         distilled = DistilledSet(
             base=base,
-            compensators=added,
+            stored_compensators=Quantised(*(tensors[name] for name in COMPENSATORS)) if there else None,
             logits=unpack(tensors, labels),
             pixels=card.dataset.pixels,
             classes=card.dataset.classes,
             card=card,
             coded=coded,
             label_store=store_of(labels, tensors),
-            small=None if added is stored_added else stored_added,
         )
+        _check(distilled)
     except InferFastError as error:
         raise InferFastError(f"{folder / TENSORS}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise InferFastError(f"{folder} is no whole distilled set: {error} is missing.") from error
-    _check(folder, distilled)
     return distilled
 
 
-def _check(folder: Path, distilled: DistilledSet) -> None:
+def _check(distilled: DistilledSet) -> None:
+    """Raises InferFastError, without the file's name, where the parts of a set don't fit together."""
     classes, k, *image = distilled.base.shape
     expected = (classes, k, distilled.views_per_base, classes)
     if tuple(distilled.logits.shape) != expected:
-        raise InferFastError(
-            f"{folder}: the logits are {tuple(distilled.logits.shape)}, the images call for {expected}."
-        )
+        raise InferFastError(f"the logits are {tuple(distilled.logits.shape)}, the images call for {expected}.")
     if len(distilled.classes) != classes:
-        raise InferFastError(f"{folder}: the card names {len(distilled.classes)} classes, the images have {classes}.")
+        raise InferFastError(f"the card names {len(distilled.classes)} classes, the images have {classes}.")
     digest = None if distilled.coded is None else distilled.coded.digest
     if distilled.made.pixels != digest:
-        raise InferFastError(f"{folder}: the card is that of other base images than {TENSORS} has.")
+        raise InferFastError(f"the card is that of other base images than {TENSORS} has.")
     if distilled.compensators is None:
         return
     _, n, *shape = distilled.compensators.values.shape
     if shape != image or not 0 < n <= k:
         raise InferFastError(
-            f"{folder}: the compensators are {tuple(distilled.compensators.values.shape)}, "
+            f"the compensators are {tuple(distilled.compensators.values.shape)}, "
             f"the base images {tuple(distilled.base.shape)}."
         )

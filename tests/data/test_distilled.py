@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import infer_fast
 from infer_fast.data.codec import Codec, encode
-from infer_fast.data.distilled import COMPENSATORS, DistilledSet, full_size, quantise
+from infer_fast.data.distilled import COMPENSATORS, DistilledSet, quantise
 from infer_fast.data.label_store import LabelStore
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
@@ -144,7 +144,7 @@ def test_coded_sets_go_to_the_disk_and_back(generator, tmp_path, own, labels):
 def test_smaller_compensators_are_enlarged_on_loading(generator, tmp_path):
     plain = make(generator, size=8)
     small = quantise(torch.randn(4, 2, 3, 3, 3, generator=generator), STD)
-    distilled = replace(plain, small=small, compensators=full_size(small, (8, 8)))
+    distilled = replace(plain, stored_compensators=small)
     pixels = small.values * small.scale.float()[..., None, None] + small.offset.float()[..., None, None]
     expected = F.interpolate(pixels.flatten(0, 1), (8, 8), mode="bilinear").unflatten(0, (4, 2))
     values, scale, offset = (t.float() for t in distilled.compensators)
@@ -157,7 +157,8 @@ def test_smaller_compensators_are_enlarged_on_loading(generator, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.compensators, distilled.compensators, strict=True))
     torch.testing.assert_close(again[1][0], distilled[1][0], rtol=0, atol=0)
     part = again.part(1, 2)
-    assert part.small.values.shape == (2, 1, 3, 3, 3) and part.compensators.values.shape == (2, 1, 3, 8, 8)
+    assert part.stored_compensators.values.shape == (2, 1, 3, 3, 3)
+    assert part.compensators.values.shape == (2, 1, 3, 8, 8)
     assert part.compensator_bytes == 2 * (3 * 9 + 12)
 
 
@@ -189,7 +190,7 @@ def test_a_damaged_coded_set_is_named(generator, tmp_path):
 
 def test_fewer_compensators_than_base_images_serve_them_in_turn(generator):
     whole = make(generator, k=4, m=2)
-    few = replace(whole, compensators=Quantised(*(t[:, :2] for t in whole.compensators)))
+    few = replace(whole, stored_compensators=Quantised(*(t[:, :2] for t in whole.compensators)))
     positions = torch.arange(len(few))
     views, j = positions % 3, positions // 3 % 4
     index = few.sources(positions)[3]
