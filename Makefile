@@ -2,13 +2,14 @@
 # make test       sets everything up and runs the tests
 # make quick      the tests that take a moment
 # make lint       ruff, mypy and clang-format, in the versions that pyproject.toml pins
+# make zoo        networks of torchvision and timm, rewritten, against themselves
 # make packages   builds sdist and wheel and tries them away from the checkout
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: distill test quick lint packages bench clean
+.PHONY: distill test quick lint packages zoo bench clean
 
 distill: $(READY)
 	$(BIN)/python -m infer_fast.distill $(ARGS)
@@ -27,6 +28,10 @@ lint: $(READY)
 
 packages: $(READY)
 	.ci/packages $(BIN)/python
+
+zoo: $(READY)
+	$(BIN)/python -m pip install --quiet timm
+	$(BIN)/python -m pytest -q tests/models/zoo.py $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench.ops --quick

@@ -122,6 +122,7 @@ def iteration(teacher: nn.Module, classes: int, size: int) -> list[Kernel]:
     settings = SynthesisSettings(iterations=2, lr=0.01, batch_size=classes)
     views = draw_views(0, 0, [0], iterations=2, jitter=settings.jitter)
     matched = MatchedTeacher(teacher, backend="native")  # any operator will do: OURS takes its place
+    matched.check(torch.zeros(1, 3, size, size))
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(FrozenMaxPool2d, "forward", _pool):
         base = torch.empty(1, classes, 3, size, size)
         problem = Problem(matched, base, torch.arange(classes), settings, "bfloat16")

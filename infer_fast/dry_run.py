@@ -76,7 +76,9 @@ def estimate(plan: Plan, recipe: Recipe, dataset: ImageDataset) -> dict[str, flo
         network = build(name, plan.classes, plan.size, seed=0).to(device)
         if recipe.arch_weights is None:
             squeezing += _training_seconds(network, images) * recipe.squeeze.epochs * len(dataset.train)
-        matching = _timed(partial(_backward, MatchedTeacher(network), images.clone().requires_grad_(True)), device)
+        matched = MatchedTeacher(network)
+        matched.check(images)
+        matching = _timed(partial(_backward, matched, images.clone().requires_grad_(True)), device)
         batches = [b for b in plan.batches if b.teacher == position]
         synthesis += matching * plan.iterations * sum(len(b.indices) * (b.last_class - b.first_class) for b in batches)
         network.eval()

@@ -9,22 +9,23 @@ convolves in a pass of its own. scale_shift is that pass, with the add and the a
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import torch
 from torch import fx, nn
 
 from infer_fast.errors import InferFastWarning
+from infer_fast.models.copies import frozen_copy, in_layout
 from infer_fast.models.engine import release
 from infer_fast.models.execution import at_precision
 from infer_fast.models.frozen import freeze
-from infer_fast.models.fuse import fuse
+from infer_fast.models.fuse import Norm, fuse
+from infer_fast.models.layout import labelling_copy
 from infer_fast.models.pool import freeze_pooling
 from infer_fast.ops import scale_shift
 from infer_fast.ops.bn_match import ACTIVATIONS
 
-PROBED, TOLERANCE = 4, 1e-3  # images, and what may lie between two ways in float32, of the largest logit
+PROBED, TOLERANCE = 4, 1e-4  # images, and what may lie between two ways in float32, of the largest logit
 
 
 class FoldedNorm(nn.Module):
@@ -33,7 +34,7 @@ class FoldedNorm(nn.Module):
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, norm: nn.BatchNorm2d, activation: str = "none"):
+    def __init__(self, norm: Norm, activation: str = "none"):
         super().__init__()
         assert norm.running_mean is not None and norm.running_var is not None  # folded() leaves others as they are
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -55,14 +56,16 @@ def folded(teacher: nn.Module, size: tuple[int, int]) -> nn.Module:
     """A channels_last, eval-mode copy of `teacher` that gives its logits, (B, 3, H, W) -> (B, C), and no gradient.
 
     size: (H, W) of images, a few of which are passed through both: where their logits are not the same it is a plain
-    copy, and a warning says so. The caller's teacher is not touched.
+    copy, and a warning says so; a network that can't be rewritten is copied too. The caller's teacher is not touched.
     """
-    plain = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    network = copy.deepcopy(plain)
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    if all(norm.running_mean is not None and norm.running_var is not None for norm in norms):
-        network = _without_circles(fuse(network, FoldedNorm))
-    network = freeze_pooling(freeze(network))
+    plain = labelling_copy(teacher, size)
+    norms = [module for module in plain.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    if any(norm.running_mean is None or norm.running_var is None for norm in norms):
+        return plain
+    network = fuse(in_layout(frozen_copy(teacher), torch.channels_last), FoldedNorm)
+    if network is None:
+        return plain
+    network = freeze_pooling(freeze(_without_circles(network)))
     if _agree(network, plain, size):
         return network
     warnings.warn(

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from infer_fast.models.average import GlobalAveragePool, is_one
+from infer_fast.models.copies import is_plain
 from infer_fast.ops.frozen_conv import frozen_conv2d
 
 
@@ -76,12 +77,14 @@ def pair(sizes: int | tuple[int, ...]) -> tuple[int, int]:
 def freeze(network: nn.Module) -> nn.Module:
     """Every plain Conv2d, Linear and AdaptiveAvgPool2d(1) becomes its frozen form.
 
-    Convolutions with string or non-zero padding modes stay as they are.
+    Convolutions with string or non-zero padding modes stay as they are, and layers with hooks.
     """
     for name, child in network.named_children():
         setattr(network, name, freeze(child))
-    if type(network) is nn.Conv2d and network.padding_mode == "zeros" and not isinstance(network.padding, str):
+    if not is_plain(network, nn.Conv2d, nn.Linear, nn.AdaptiveAvgPool2d):
+        return network
+    if isinstance(network, nn.Conv2d) and network.padding_mode == "zeros" and not isinstance(network.padding, str):
         return FrozenConv2d(network)
-    if type(network) is nn.AdaptiveAvgPool2d and is_one(network.output_size):
+    if isinstance(network, nn.AdaptiveAvgPool2d) and is_one(network.output_size):
         return GlobalAveragePool()
-    return FrozenLinear(network) if type(network) is nn.Linear else network
+    return FrozenLinear(network) if isinstance(network, nn.Linear) else network

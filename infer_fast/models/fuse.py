@@ -1,19 +1,20 @@
-"""What can be fused with a BatchNorm: the residual add and the activation after it, found in the torch.fx graph.
-
-A network that can't be traced is walked module by module, and its activations stay where they are.
-"""
+"""What can be fused with a BatchNorm: the residual add and the activation after it, found in the torch.fx graph."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from infer_fast.models.average import global_average, is_one
+from infer_fast.models.copies import hooks_of, is_plain
 from infer_fast.models.junction import give_twice
+from infer_fast.models.overwriting import OverwritingError, without_overwriting
 
 MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 FUNCTIONS: dict[object, str] = {
@@ -26,29 +27,45 @@ FUNCTIONS: dict[object, str] = {
 METHODS: dict[object, str] = {"relu": "relu", "relu_": "relu"}
 ADDS: set[object] = {operator.add, operator.iadd, torch.add}
 
-Matched = Callable[[nn.BatchNorm2d, str], nn.Module]
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm  # which are the same in eval mode
+Matched = Callable[[Norm, str], nn.Module]
 
 
-def fuse(network: nn.Module, matched: Matched, *, twice: bool = False) -> nn.Module:
+def fuse(network: nn.Module, matched: Matched, *, twice: bool = False) -> nn.Module | None:
     """Puts matched(norm, activation) in the place of every BatchNorm2d and what can be fused with it.
 
-    twice: at junctions these modules are called with twice=True, and give their result two times.
+    A BatchNorm that has hooks, or whose class does something else than its base, stays as it is. twice: at junctions
+    these modules are called with twice=True, and give their result two times. `network` is used up. Returns None for a
+    network that can't be rewritten: its code depends on the data, hooks of anyone may change it, or it overwrites what
+    it may read by another name.
     """
-    if isinstance(network, nn.BatchNorm2d):
+    if _is_norm(network):
         return _without_graph(network, matched)
     try:
         graph = _Tracer().trace(network)
     except Exception:  # control flow that depends on data: fx raises whatever the network's code raised
-        return _walk(network, matched)
+        return None
     traced = fx.GraphModule(network, graph)
+    if any(_changes_its_call(module) for module in network.modules()):
+        return None
+    try:
+        without_overwriting(traced)
+    except OverwritingError:
+        return None
     nodes = list(graph.nodes)
-    norms = [(node, norm) for node in nodes if isinstance(norm := _called(traced, node), nn.BatchNorm2d)]
+    norms = [(node, norm) for node in nodes if (norm := _called(traced, node)) is not None and _is_norm(norm)]
     calls = [_fuse_node(traced, node, norm, matched) for node, norm in norms]
     if twice:
         give_twice(traced, [call for call in calls if not isinstance(_called(traced, call), nn.Sequential)])
     for node in nodes:
         if node.op == "call_function" and node.target is F.adaptive_avg_pool2d and _pools_to_one(node):
             node.target = global_average
+        if (
+            node.op == "call_method"
+            and node.target == "view"
+            and not any(isinstance(a, torch.dtype) for a in node.args)
+        ):
+            node.target = "reshape"  # a channels_last tensor has no view of some shapes
     graph.eliminate_dead_code()
     graph.lint()
     traced.recompile()
@@ -60,6 +77,24 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.BatchNorm2d) or super().is_leaf_module(module, name)
+
+
+def _is_norm(module: nn.Module) -> TypeGuard[Norm]:
+    """Whether the module is a BatchNorm of images and nothing else, or timm's with an activation of its own."""
+    if hasattr(module, "act") and type(module).__module__.startswith("timm."):
+        return isinstance(module, nn.BatchNorm2d) and is_plain(module, type(module))
+    if not isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or is_parametrized(module):
+        return False
+    inherited = type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    return inherited and is_plain(module, type(module))
+
+
+def _changes_its_call(module: nn.Module) -> bool:
+    """Whether the graph may lack what calling the module does: hooks, but those by which torch makes a weight anew in
+    every call of one of its own layers, which the graph calls as it is."""
+    layer = type(module).__module__.startswith("torch.nn.")
+    hooks = [h for h in hooks_of(module) if not (layer and type(h).__module__.startswith("torch.nn.utils."))]
+    return bool(hooks) or (not layer and "forward" in vars(module))
 
 
 def _pools_to_one(node: fx.Node) -> bool:
@@ -77,7 +112,7 @@ def _called(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(node.target)
 
 
-def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, matched: Matched) -> fx.Node:
+def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: Norm, matched: Matched) -> fx.Node:
     """Replaces a BatchNorm call, and the add and activation after it, by one call at the place of the last of them.
 
     The new call is returned.
@@ -145,14 +180,7 @@ def _activation(traced: fx.GraphModule, node: fx.Node) -> str | None:
     return METHODS.get(node.target) if node.op == "call_method" else None
 
 
-def _walk(network: nn.Module, matched: Matched) -> nn.Module:
-    """Without a graph: every BatchNorm2d is replaced where it stands."""
-    for name, child in network.named_children():
-        setattr(network, name, _walk(child, matched))
-    return _without_graph(network, matched) if isinstance(network, nn.BatchNorm2d) else network
-
-
-def _without_graph(norm: nn.BatchNorm2d, matched: Matched) -> nn.Module:
+def _without_graph(norm: Norm, matched: Matched) -> nn.Module:
     """The norm alone, matched; with it the dropout and activation of its own that timm's BatchNormAct2d has."""
     if not hasattr(norm, "act"):
         return matched(norm, "none")

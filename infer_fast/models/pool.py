@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from infer_fast.models.copies import is_plain
 from infer_fast.models.frozen import pair
 from infer_fast.ops import max_pool
 from infer_fast.ops.max_pool import LARGEST
@@ -26,7 +27,7 @@ def freeze_pooling(network: nn.Module, backend: str | None = None) -> nn.Module:
     """Every plain MaxPool2d becomes a FrozenMaxPool2d (with dilation, indices or a large window it stays as it is)."""
     for name, child in network.named_children():
         setattr(network, name, freeze_pooling(child, backend))
-    if type(network) is nn.MaxPool2d and _served(network):
+    if is_plain(network, nn.MaxPool2d) and isinstance(network, nn.MaxPool2d) and _served(network):
         return FrozenMaxPool2d(network, backend)
     return network
 

@@ -2,107 +2,28 @@
 
 Every BatchNorm2d, the residual add after it and the activation after that become one bn_match, which also gives the
 statistics penalty; every convolution keeps nothing but its weight for backward, every max-pooling a byte an output.
+What came out is held against the teacher on a few images; a teacher that this changes is matched as it runs, slower.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from infer_fast.errors import InferFastError
+from infer_fast.errors import InferFastError, InferFastWarning, first_line, out_of_memory
+from infer_fast.models.census import Census, census, difference, layers_of
+from infer_fast.models.copies import frozen_copy, in_layout
+from infer_fast.models.execution import at_precision
 from infer_fast.models.frozen import FrozenConv2d, FrozenLinear, freeze
-from infer_fast.models.fuse import fuse
+from infer_fast.models.fuse import Norm, fuse
+from infer_fast.models.matching import AsItRuns, Layer, MatchedBatchNorm, Pass
 from infer_fast.models.pool import freeze_pooling
-from infer_fast.ops import bn_match, bn_match_statistics, bn_match_twice
-from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
+from infer_fast.ops.bn_match import Statistics
 
-
-class Pass:
-    """What the BatchNorms of one pass of a teacher share: its lanes, what they match, and what they report.
-
-    whole: each layer's statistics of the batch that this pass takes a chunk of, in the order of the calls, or None.
-    """
-
-    def __init__(self) -> None:
-        self.begin(1)
-
-    def begin(self, lanes: int, whole: Sequence[Statistics] | None = None, *, statistics_only: bool = False) -> None:
-        self.lanes, self.whole, self.statistics_only = lanes, whole, statistics_only
-        self.penalties: list[torch.Tensor] = []
-        self.statistics: list[Statistics] = []
-        self.calls = 0
-
-    def next_whole(self) -> Statistics | None:
-        """The whole batch's statistics for the layer that is called now."""
-        self.calls += 1
-        return None if self.whole is None else self.whole[self.calls - 1]
-
-    def end(self) -> tuple[torch.Tensor | None, list[Statistics]]:
-        """The sum of the penalties, (lanes,), or None without any; the statistics. Keeps neither."""
-        total = torch.stack(self.penalties).sum(dim=0) if self.penalties else None
-        statistics = self.statistics
-        self.begin(1)
-        return total, statistics
-
-
-class MatchedBatchNorm(nn.Module):
-    """Takes the place of one eval-mode BatchNorm2d, of a residual add and an activation after it if there are such.
-
-    Reports its penalty, times `match_weight`, to the `shared` pass; its input's statistics where that asks for them.
-    """
-
-    running_mean: torch.Tensor
-    running_var: torch.Tensor
-
-    def __init__(
-        self,
-        norm: nn.BatchNorm2d,
-        shared: Pass,
-        *,
-        match_weight: float,
-        r_var: float,
-        activation: str = "none",
-        backend: str | None = None,
-    ):
-        super().__init__()
-        self.weight, self.bias = norm.weight, norm.bias
-        self.register_buffer("running_mean", norm.running_mean)
-        self.register_buffer("running_var", norm.running_var)
-        self.eps, self.shared, self.activation = norm.eps, shared, activation
-        self.match_weight, self.r_var, self.backend = match_weight, r_var, backend
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, twice: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The result, with x's shape unless `residual` broadcasts; two of it with `twice` (see bn_match_twice)."""
-        again: list[torch.Tensor] = []
-        fused = residual is None or residual.shape == x.shape  # an add that broadcasts stays an add
-        added, activation = (residual, self.activation) if fused else (None, "none")
-        batch_norm = (x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        lanes, backend = self.shared.lanes, self.backend
-        if self.shared.statistics_only:
-            y, statistics = bn_match_statistics(
-                *batch_norm, residual=added, activation=activation, lanes=lanes, backend=backend
-            )
-            self.shared.statistics.append(statistics)
-        else:
-            y, *again, penalty = (bn_match_twice if twice else bn_match)(
-                *batch_norm,
-                residual=added,
-                activation=activation,
-                lanes=lanes,
-                r_var=self.r_var,
-                whole=self.shared.next_whole(),
-                backend=backend,
-            )
-            if self.match_weight:
-                self.shared.penalties.append(penalty if self.match_weight == 1 else self.match_weight * penalty)
-        if residual is not None and not fused:
-            y, again = ACTIVATIONS[self.activation](y + residual), []
-        return (y, again[0] if again else y) if twice else y
+PROBED, TOLERANCE = 4, 1e-4  # images of noise, and what may lie between two ways in float32, of the largest logit
 
 
 class MatchedTeacher(nn.Module):
@@ -123,24 +44,81 @@ class MatchedTeacher(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        self.shared = Pass()
-        network = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        norms = {m: i for i, m in enumerate(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))}
-        _check(teacher, list(norms), skip_bn)
-        weights = [0.0 if i in skip_bn else first_bn_multiplier if i == 0 else 1.0 for i in norms.values()]
+        if any(isinstance(module, torch.jit.ScriptModule) for module in teacher.modules()):
+            kind = type(teacher).__name__
+            raise InferFastError(f"{kind} is TorchScript, whose BatchNorms are out of reach: give the nn.Module.")
+        plain = frozen_copy(teacher)
+        layers, self.shared, self.kind = layers_of(plain), Pass(r_var, backend), type(plain).__name__
+        _check(self.kind, layers, skip_bn)
+        self._layer_weights = {
+            name: 0.0 if i in skip_bn else first_bn_multiplier if i == 0 else 1.0 for i, name in enumerate(layers)
+        }
+        self._plain = [plain]  # until it was compared; in a list it is no part of this module
+        self._forms = self._all_forms(plain)
+        self.network, self._weights = next(self._forms)
 
-        def matched(norm: nn.BatchNorm2d, activation: str) -> MatchedBatchNorm:
-            return MatchedBatchNorm(
-                norm,
-                self.shared,
-                match_weight=weights[norms[norm]],
-                r_var=r_var,
-                activation=activation,
-                backend=backend,
+    def _all_forms(self, plain: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+        """The networks that may do what `plain` does, the fastest first; each with what shares its weights' memory."""
+        network = in_layout(frozen_copy(plain), torch.channels_last)
+        layers = {module: name for name, module in layers_of(network).items()}
+
+        def matched(norm: Norm, activation: str) -> MatchedBatchNorm:
+            layer = Layer(layers[norm], self._layer_weights[layers[norm]])
+            return MatchedBatchNorm(norm, self.shared, layer, activation)
+
+        weights = list(network.parameters())
+        fused = fuse(network, matched, twice=True)
+        if fused is not None:
+            yield freeze_pooling(freeze(fused), self.shared.backend), weights
+        for copying in (False, True):
+            yield AsItRuns(plain, self.shared, self._layer_weights, copying=copying), list(plain.parameters())
+
+    def check(self, images: torch.Tensor) -> None:
+        """Holds this copy against the teacher on noise of the shape of `images` (B, 3, H, W), once.
+
+        The logits must be the same and every BatchNorm met as often; where they are not, the teacher is matched as it
+        runs, and a warning says so. forward does it by itself on its first images. Raises InferFastError, naming the
+        layer, for a teacher that can't be matched at all.
+        """
+        if not self._plain or images.is_meta:
+            return
+        (plain,) = self._plain
+        dtype = next((p.dtype for p in plain.parameters()), images.dtype)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(PROBED, *images.shape[1:], generator=generator).to(images.device, dtype)
+        # What is kept for backward here is nobody else's business.
+        unnoticed = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        with torch.inference_mode(False), torch.enable_grad(), at_precision(images.device, "float32"), unnoticed:
+            expected = census(plain, noise)
+            if not expected.met:
+                raise InferFastError(f"{self.kind} calls none of its BatchNorm layers on images: it can't be matched.")
+            reasons = [self._difference(noise, expected)]
+            while reasons[-1] is not None and (form := next(self._forms, None)) is not None:
+                self.network, self._weights = form
+                reasons.append(self._difference(noise, expected))
+        if reasons[-1] is not None:
+            raise InferFastError(f"{self.kind} can't be matched: {reasons[-1]}.")
+        self._plain, self._forms = [], iter(())
+        if isinstance(self.network, AsItRuns):
+            warnings.warn(
+                f"{self.kind} is matched as it runs, slower: {reasons[0] or 'its code cannot be rewritten'}.",
+                InferFastWarning,
+                stacklevel=2,
             )
 
-        self._weights = list(network.parameters())  # what convolutions and norms below share their memory with
-        self.network = freeze_pooling(freeze(fuse(network, matched, twice=True)), backend)
+    def _difference(self, images: torch.Tensor, expected: Census) -> str | None:
+        """In words, what is not the same with the network that is there now; None where all is."""
+        self.shared.met, own = [], images.clone().requires_grad_(True)
+        try:
+            logits, penalty = self._run(own, 1, None)
+            torch.autograd.grad(logits.double().sum() + penalty.sum(), own, allow_unused=True)
+            return difference(Census(logits.detach(), self.shared.met), expected, TOLERANCE)
+        except Exception as error:  # whatever the network's own code raises
+            if out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            self.shared.met = None
 
     @torch.no_grad()
     def take(self, teacher: nn.Module) -> None:
@@ -161,6 +139,13 @@ class MatchedTeacher(nn.Module):
 
         whole: what `statistics` gave for the larger batch that x is a chunk of (see bn_match).
         """
+        if self._plain and not torch.compiler.is_compiling():
+            self.check(x)
+        return self._run(x, lanes, whole)
+
+    def _run(
+        self, x: torch.Tensor, lanes: int, whole: Sequence[Statistics] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.shared.begin(lanes, whole)
         logits = self.network(x.contiguous(memory_format=torch.channels_last))
         total, _ = self.shared.end()
@@ -169,22 +154,33 @@ class MatchedTeacher(nn.Module):
     @torch.no_grad()
     def statistics(self, x: torch.Tensor, lanes: int = 1) -> list[Statistics]:
         """The statistics of every BatchNorm's input, in the order of the calls; keeps nothing for backward."""
+        if self._plain and not torch.compiler.is_compiling():
+            self.check(x)
         self.shared.begin(lanes, statistics_only=True)
         self.network(x.contiguous(memory_format=torch.channels_last))
         return self.shared.end()[1]
 
 
-def _check(teacher: nn.Module, norms: list[nn.BatchNorm2d], skip_bn: tuple[int, ...]) -> None:
-    kind = type(teacher).__name__
-    if not norms:
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _check(kind: str, layers: dict[str, nn.Module], skip_bn: tuple[int, ...]) -> None:
+    if not layers:
         raise InferFastError(
             f"{kind} has no BatchNorm2d, whose statistics are what images are matched to: choose another teacher."
         )
-    for position, norm in enumerate(norms):
-        if norm.running_mean is None or norm.running_var is None:
+    for position, (name, norm) in enumerate(layers.items()):
+        mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
+        if mean is None or variance is None:
             raise InferFastError(f"{kind}: BatchNorm2d layer {position} keeps no running statistics to match.")
-    beyond = [p for p in skip_bn if not 0 <= p < len(norms)]
+        if not mean.is_meta and not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
+            raise InferFastError(
+                f"{kind}: the running statistics of BatchNorm {name or position} are not finite, or its variance is "
+                "negative: the checkpoint is damaged."
+            )
+    beyond = [p for p in skip_bn if not 0 <= p < len(layers)]
     if beyond:
         raise InferFastError(
-            f"skip_bn names BatchNorm layer {beyond[0]}, but {kind} has {len(norms)} (0 is the first)."
+            f"skip_bn names BatchNorm layer {beyond[0]}, but {kind} has {len(layers)} (0 is the first)."
         )

@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from infer_fast.errors import InferFastError
+from infer_fast.models.copies import in_layout
 from infer_fast.models.engine import Replayed
 from infer_fast.models.execution import AUTO, Execution, at_precision
+from infer_fast.models.layout import layout_of
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,6 @@ def hard_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, targets)
 
 
-def layout_of(network: nn.Module) -> torch.memory_format:
-    """channels_last, but contiguous with instance or group norms, whose channels_last kernels are slow or missing."""
-    slow = any(isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)) for module in network.modules())
-    return torch.contiguous_format if slow else torch.channels_last
-
-
 def as_given(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The batches are whole already."""
     return images, targets
@@ -107,8 +103,8 @@ def fit(
     on_update(done) is called after every update. Nothing waits for the device between updates. Raises InferFastError
     when the weights became NaN or infinite.
     """
-    layout = layout_of(network)
-    network.to(memory_format=layout).train()
+    network.train()
+    layout = torch.contiguous_format  # until there are images to tell it by
     device = next(network.parameters()).device
     how = execution.on(device)
     optimizer = _optimizer(network, schedule, captured=how.engine.startswith("graph"))
@@ -128,6 +124,9 @@ def fit(
 
     run = Replayed(step, any_engine=how.any_engine) if how.engine.startswith("graph") else step
     for done, batch in enumerate(training.batches, start=1):
+        if done == 1:
+            layout = layout_of(network, training.make(*batch)[0])
+            in_layout(network, layout)
         if (done - 1) % schedule.updates_per_epoch == 0:
             _set_rate(optimizer, schedule.rate((done - 1) // schedule.updates_per_epoch))
         run(*batch)
@@ -152,10 +151,11 @@ def predict(
     In float32, whatever precision it was trained in: labels and accuracies are read off them.
     """
     network.eval()
-    layout = layout_of(network)
-    logits = []
+    logits, layout = [], None
     for positions in torch.arange(count).split(batch_size):
-        batch = images(positions).contiguous(memory_format=layout)
+        batch = images(positions)
+        layout = layout or layout_of(network, batch)
+        batch = batch.contiguous(memory_format=layout)
         with at_precision(batch.device, "float32"):
             logits.append(network(batch).float())
     return torch.cat(logits)

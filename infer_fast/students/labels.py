@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from infer_fast.data.sets import resident_distilled
 from infer_fast.errors import InferFastError
 from infer_fast.models.execution import at_precision, choose_precision
 from infer_fast.models.fold import folded
+from infer_fast.models.layout import labelling_copy
 from infer_fast.models.teacher import Teacher, device_of
 from infer_fast.models.train import predict
 from infer_fast.progress import stage
@@ -78,7 +78,7 @@ def _labelling(network: nn.Module, size: tuple[int, int]) -> nn.Module:
     """A copy of a teacher's network that only labels."""
     if next(network.parameters()).device.type == "cuda":
         return folded(network, size)
-    return copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
+    return labelling_copy(network, size)
 
 
 def record_labels(

@@ -56,6 +56,7 @@ def bytes_per_image(teacher: nn.Module, size: tuple[int, int], precision: str) -
         return tensor
 
     images = torch.zeros(PROBE, 3, *size, device=device, requires_grad=True)
+    matched.check(images)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), at_precision(device, precision):
         outputs = matched(images)  # held while it is counted: an address must not be given out twice
     del outputs

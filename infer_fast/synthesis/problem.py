@@ -14,7 +14,6 @@ whole batch's statistics, a second one the gradients. So one compensator serves 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
+from infer_fast.models.copies import frozen_copy
 from infer_fast.models.execution import at_precision, dtype_of
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops import enlarged, enlarging, lane_loss, perturb_
@@ -181,7 +181,7 @@ def adjusted_teacher(
     `settings.steps` times: g = grad_theta CE(f(view(X))), theta += (rho/steps) * g/||g||_2. base: (1, C, 3, H, W);
     step s takes the view of iteration s (modulo the iterations). The given teacher is not touched.
     """
-    copied = copy.deepcopy(teacher).eval().requires_grad_(True)
+    copied = frozen_copy(teacher).requires_grad_(True)
     params = list(copied.parameters())
     for step in range(settings.steps):
         position = torch.tensor([step % len(views.shift)], device=base.device)

@@ -186,6 +186,7 @@ class Solver:
             teacher = adjusted_teacher(teacher, base, targets, self.settings, views)
         if self._matched is None:
             self._matched = self._match(teacher)
+            self._matched.check(base[0])
         elif self.settings.steps:
             self._matched.take(teacher)
         if self._loop is None or not self._loop.takes(base, views):

@@ -1,0 +1,57 @@
+"""In which layout a network's tensors lie: channels_last where it is served well and takes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from infer_fast.models.copies import frozen_copy, in_layout
+from infer_fast.models.execution import at_precision
+
+TOLERANCE = 1e-4  # what may lie between two layouts in float32, of the largest logit
+
+
+def layout_of(network: nn.Module, images: torch.Tensor) -> torch.memory_format:
+    """The layout for `network` on `images` (B, 3, H, W): channels_last, but contiguous with instance or group norms,
+    whose channels_last kernels are slow or missing, and where its code takes views that only contiguous tensors have
+    (x.view(B, -1) of more than one pixel)."""
+    if any(isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)) for module in network.modules()):
+        return torch.contiguous_format
+    return torch.channels_last if takes_channels_last(network, images) else torch.contiguous_format
+
+
+@torch.no_grad()
+def takes_channels_last(network: nn.Module, images: torch.Tensor) -> bool:
+    """Whether `network` in eval mode gives for the first images (B, 3, H, W) what it gives where they are
+    contiguous: what is a view there may be a copy, or impossible."""
+    training, first = network.training, images[:4].contiguous()
+    try:
+        with at_precision(images.device, "float32"):
+            expected = network.eval()(first)
+            found = network(first.contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        return "view size is not compatible" not in str(error)  # another error is raised where it is met
+    finally:
+        network.train(training)
+    if not isinstance(found, torch.Tensor) or not expected.isfinite().all():
+        return True
+    return bool((found - expected).abs().amax() <= TOLERANCE * expected.abs().amax())
+
+
+class Contiguous(nn.Module):
+    """A network whose images are made contiguous."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x.contiguous())
+
+
+def labelling_copy(teacher: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """A frozen copy of `teacher` that takes images of `size` (H, W) in channels_last, as fast as it can."""
+    network = frozen_copy(teacher)
+    like = next(network.parameters())
+    images = 2 * torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    return in_layout(network, torch.channels_last) if takes_channels_last(network, images) else Contiguous(network)
