@@ -31,6 +31,7 @@ from infer_fast.models.checkpoint import file_hash, load_checkpoint, load_pretra
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher, load_teacher, save_teacher
 from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict
+from infer_fast.models.weight_files import check_file
 from infer_fast.progress import Stage, stage
 from infer_fast.recipes import RECIPES
 from infer_fast.settings import Recipe, SqueezeSettings
@@ -56,12 +57,14 @@ def squeeze(dataset: ImageDataset, names: tuple[str, ...], origin: Origin, folde
     given = origin.checkpoints
     if given and len(given) != len(names):
         raise InferFastError(f"{len(given)} checkpoints were given for {len(names)} teachers: give one for each.")
+    for path in given:
+        check_file(path)
     return [_teacher(dataset, name, origin, folder, given[i] if given else None) for i, name in enumerate(names)]
 
 
 def _teacher(dataset: ImageDataset, name: str, origin: Origin, folder: Path, checkpoint: Path | None) -> Teacher:
     if checkpoint is not None:
-        source: dict[str, object] = {"checkpoint": _checkpoint_hash(checkpoint)}
+        source: dict[str, object] = {"checkpoint": file_hash(checkpoint)}
     elif origin.weights is not None:
         source = {"weights": origin.weights}
     else:
@@ -123,12 +126,6 @@ def _import(
         running.advance()
         running.note(f"test accuracy {reached:.2f} %")
     return reached
-
-
-def _checkpoint_hash(path: Path) -> str:
-    if not path.is_file():
-        raise InferFastError(f"{path} does not exist: --arch-path must name a checkpoint for each teacher.")
-    return file_hash(path)
 
 
 def measured_accuracy(network: nn.Module, dataset: ImageDataset) -> float:

@@ -7,9 +7,10 @@ import torch
 
 from infer_fast.data.images import Split
 from infer_fast.errors import InferFastError
+from infer_fast.files import write_tensors
 from infer_fast.models import build
 from infer_fast.models.checkpoint import file_hash
-from infer_fast.models.teacher import load_teacher
+from infer_fast.models.teacher import load_teacher, save_teacher
 from infer_fast.settings import SqueezeSettings
 from infer_fast.squeeze import Origin, squeeze
 
@@ -88,3 +89,34 @@ def test_teachers_are_not_trained_without_training_images(tiny_dataset, tmp_path
     nothing = Split(tiny_dataset.train.images[:0], tiny_dataset.train.labels[:0])
     with pytest.raises(InferFastError, match="tiny has no training images here"):
         squeeze(replace(tiny_dataset, train=nothing), ("convnet",), Origin(SqueezeSettings()), tmp_path)
+
+
+def test_a_checkpoint_that_gives_no_numbers_is_refused_at_import_and_later(tiny_dataset, tmp_path):
+    """The tensor is named, nothing is kept; and a teacher that is there already does not get by."""
+    network = build("convnet", 4, (8, 8), seed=0)
+    network.state_dict()["stages.0.1.running_var"][3] = float("nan")
+    torch.save(network.state_dict(), tmp_path / "nan.pth")
+    origin = Origin(SETTINGS, checkpoints=(tmp_path / "nan.pth",))
+    with pytest.raises(InferFastError, match="nan.pth: stages.0.1.running_var holds NaN"):
+        squeeze(tiny_dataset, ("convnet",), origin, tmp_path / "kept")
+    assert not list((tmp_path / "kept").glob("*"))
+    save_teacher(tmp_path / "t.safetensors", network, 50.0, {})
+    with pytest.raises(InferFastError, match="t.safetensors holds no teacher that works .*running_var holds NaN"):
+        load_teacher("convnet", tmp_path / "t.safetensors", 4, (8, 8))
+
+
+def test_a_file_that_is_no_teacher_of_ours_is_refused(tmp_path):
+    network = build("convnet", 4, (8, 8), seed=0)
+    for card in (None, {}, {"accuracy": "good"}):
+        write_tensors(tmp_path / "t.safetensors", network.state_dict(), card)
+        with pytest.raises(InferFastError, match="does not say how good the teacher is"):
+            load_teacher("convnet", tmp_path / "t.safetensors", 4, (8, 8))
+
+
+def test_every_checkpoint_is_looked_for_before_the_first_is_imported(tiny_dataset, tmp_path):
+    torch.save(build("convnet", 4, (8, 8), seed=0).state_dict(), tmp_path / "a.pth")
+    for missing in (tmp_path / "no.pth", tmp_path):
+        origin = Origin(SETTINGS, checkpoints=(tmp_path / "a.pth", missing))
+        with pytest.raises(InferFastError, match="does not exist|is a folder"):
+            squeeze(tiny_dataset, ("convnet", "convnet"), origin, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

@@ -1,43 +1,45 @@
-"""Weights of others, read safely: no pickle is ever loaded with weights_only=False."""
+"""Weights of others, fitted to a network: names, shapes, types and values are looked at before anything is loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from infer_fast.errors import InferFastError, first_line
 from infer_fast.extras import PIP, installed
-
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-ACCURACIES = ("acc", "accuracy", "best_acc1", "best_acc")  # what checkpoints call it
-PREFIXES = ("module.", "_orig_mod.")
+from infer_fast.models.state_dicts import ACCURACIES, COUNTERS, State, differences, find_state, listed
+from infer_fast.models.weight_files import read_file
+from infer_fast.models.weights import faulty
 
 
 def load_checkpoint(network: nn.Module, path: Path) -> str:
-    """Loads the state dict in `path` (.safetensors, or a torch file read with weights_only) into `network`.
+    """Loads the state dict in `path` (safetensors, or a torch file read with weights_only) into `network`.
 
     Wrappers such as {"state_dict": ...} and prefixes such as "module." are taken off. Returns the file's SHA-256.
-    Raises InferFastError when the file is missing, damaged or unsafe, or when a name or shape does not fit.
+    Raises InferFastError when the file is missing, damaged or unsafe, when a name, shape or type does not fit, or for a
+    value that no network has.
     """
-    load_state(network, read_state(path), str(path))
+    loaded, _ = read_file(path)
+    load_state(network, find_state(loaded, network.state_dict(), str(path)), str(path))
     return file_hash(path)
 
 
-def load_state(network: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Loads `state`, which came from `source`. Raises InferFastError when a name or shape does not fit."""
+def load_state(network: nn.Module, state: State, source: str) -> None:
+    """Loads `state`, which came from `source`.
+
+    Raises InferFastError when a name, shape or type does not fit, a value is not finite, or a variance is negative.
+    """
     expected = network.state_dict()
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in expected]
-    wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
     kind = type(network).__name__
+    state = {name: _counter(tensor) if name.endswith(COUNTERS) else tensor for name, tensor in state.items()}
+    wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    missing, unexpected = differences(expected, state)
     if wrong:
         first = wrong[0]
         raise InferFastError(
@@ -47,9 +49,33 @@ def load_state(network: nn.Module, state: dict[str, torch.Tensor], source: str) 
     if missing or unexpected:
         example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not expected"
         raise InferFastError(
-            f"{source} does not fit {kind}: {example} ({len(missing)} missing, {len(unexpected)} unexpected names)."
+            f"{source} does not fit {kind}: {example} ({len(missing)} missing, {len(unexpected)} unexpected names), it "
+            f"holds {listed(state)}."
         )
-    network.load_state_dict({**expected, **state})
+    own = {name: _cast(name, tensor, expected[name], source) for name, tensor in state.items() if name in expected}
+    fault = faulty(own)
+    if fault is not None:
+        raise InferFastError(f"{source}: {fault}, so none of its results would be a number: take another checkpoint.")
+    network.load_state_dict({**expected, **own})
+
+
+def _counter(tensor: torch.Tensor) -> torch.Tensor:
+    """Old versions counted in one dimension."""
+    return tensor.reshape(()) if tensor.numel() == 1 else tensor
+
+
+def _cast(name: str, tensor: torch.Tensor, expected: torch.Tensor, source: str) -> torch.Tensor:
+    """A tensor in the network's own type. Raises InferFastError for one that is no weight."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise InferFastError(
+            f"{source}: {name} is no plain tensor with values: save the state_dict of a plain network."
+        )
+    if expected.is_floating_point() and not tensor.is_floating_point():
+        raise InferFastError(
+            f"{source}: {name} is {tensor.dtype}, expected floating numbers: save the network as it was before it was "
+            "quantised or converted."
+        )
+    return tensor.detach().to(expected.dtype)
 
 
 def load_pretrained(network: nn.Module, name: str, weights: str) -> None:
@@ -77,7 +103,7 @@ def load_pretrained(network: nn.Module, name: str, weights: str) -> None:
     load_state(network, state, source)
 
 
-def _timm_state(name: str) -> dict[str, torch.Tensor]:
+def _timm_state(name: str) -> State:
     if not installed("timm"):
         raise InferFastError(
             f"torchvision has no weights of {name}: give a file with --arch-path, or {PIP['timm']}, which has more."
@@ -93,48 +119,39 @@ def _timm_state(name: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file, unwrapped and without prefixes. Raises InferFastError as load_checkpoint does."""
-    state = _unwrap(_loaded(path))
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InferFastError(f"{path} holds no state dict (names to tensors), bare or under {', '.join(WRAPPERS)}.")
-    state = dict(state)  # without the metadata of torch's own, which speaks of the prefixed names
-    while prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None):
-        consume_prefix_in_state_dict_if_present(state, prefix)  # one layer of them: wrappers wrap each other
-    return state
-
-
 def recorded(path: Path) -> str:
     """What a checkpoint says of itself, in words: the accuracy and epoch stored beside its weights.
 
-    Raises InferFastError as load_checkpoint does.
+    Raises InferFastError for a file that is missing, damaged or unsafe.
     """
-    said = _loaded(path)
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            said = json.loads((file.metadata() or {}).get("card", "{}"))
-    said = {k: v for k, v in said.items() if isinstance(v, (int, float, str))} if isinstance(said, dict) else {}
+    loaded, texts = read_file(path)
+    said = {**_recorded(loaded), **texts, **_recorded(_card(texts))}
     accuracy = next((said[name] for name in ACCURACIES if name in said), "not recorded")
     return f"{path}: accuracy {accuracy}, epoch {said.get('epoch', 'not recorded')}"
 
 
-def _loaded(path: Path) -> object:
-    """What a checkpoint file holds, read without running any code in it."""
-    if not path.is_file():
-        raise InferFastError(f"{path} does not exist: --arch-path must name a checkpoint for each teacher.")
+def _card(texts: dict[str, str]) -> object:
+    """What the header of our own files says; others may call anything a card."""
     try:
-        loaded = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except pickle.UnpicklingError as error:
-        raise InferFastError(
-            f"{path} holds more than weights, and loading it could run code in it: save its state_dict alone."
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InferFastError(f"{path} is not a whole checkpoint ({first_line(error)}).") from error
-    return loaded
+        return json.loads(texts.get("card", "{}"))
+    except ValueError:
+        return {}
+
+
+def _recorded(loaded: object) -> dict[str, str]:
+    """The numbers and texts by name in what a file holds, as they are shown."""
+    if not isinstance(loaded, dict):
+        return {}
+    shown = {name: _shown(value) for name, value in loaded.items() if isinstance(name, str)}
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def _shown(value: Any) -> str | None:
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.item() if np.prod(value.shape) == 1 else None
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value) if isinstance(value, (int, str)) else None
 
 
 def file_hash(path: Path) -> str:
@@ -148,12 +165,3 @@ def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _unwrap(loaded: object) -> object:
-    while isinstance(loaded, dict):
-        inner = next((loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), None)
-        if inner is None:
-            return loaded
-        loaded = inner
-    return loaded

@@ -13,6 +13,7 @@ from infer_fast.errors import InferFastError
 from infer_fast.files import read_tensors, write_tensors
 from infer_fast.models.build import build
 from infer_fast.models.checkpoint import file_hash
+from infer_fast.models.weights import faulty
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,18 @@ def save_teacher(path: Path, network: nn.Module, accuracy: float, made_of: dict[
 
 
 def load_teacher(name: str, path: Path, classes: int, size: tuple[int, int], sha256: str | None = None) -> Teacher:
-    """Reads a teacher that squeeze saved. Raises InferFastError if the file is missing, damaged or another one."""
+    """Reads a teacher that squeeze saved.
+
+    Raises InferFastError if the file is missing, damaged or another one, or a weight is not finite.
+    """
     state, card = read_tensors(path)
     digest = file_hash(path)
     if sha256 is not None and digest != sha256:
         raise InferFastError(f"{path} is not the teacher that was used (its SHA-256 differs): make the teachers again.")
+    if not isinstance(card, dict) or not isinstance(card.get("accuracy"), (int, float)):
+        raise InferFastError(f"{path} does not say how good the teacher is: make the teachers again.")
+    if (fault := faulty(state)) is not None:
+        raise InferFastError(f"{path} holds no teacher that works ({fault}): take another checkpoint.")
     network = build(name, classes, size, seed=0)
     try:
         network.load_state_dict(state)

@@ -1,16 +1,19 @@
 """Checkpoints of others: every usual wrapping loads, everything else is one clear error."""
 
+import argparse
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from infer_fast.errors import InferFastError
 from infer_fast.extras import PIP, installed
 from infer_fast.models import build
-from infer_fast.models.checkpoint import load_checkpoint, load_pretrained, recorded
+from infer_fast.models.checkpoint import load_checkpoint, load_pretrained, load_state, recorded
 
 from .published import NETWORKS, Weights
 
@@ -30,6 +33,14 @@ def saved(path, value):
         lambda s: {f"module._orig_mod.module.{k}": v for k, v in s.items()},
         lambda s: {f"module.{k}" if k.startswith("stages") else f"_orig_mod.{k}": v for k, v in s.items()},
         lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
+        lambda s: {k: v.view(1) if k.endswith("num_batches_tracked") else v for k, v in s.items()},
+        lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "pytorch-lightning_version": "2.1"},
+        lambda s: {"model": s, "args": argparse.Namespace(lr=0.1), "acc": np.float64(93.2)},
+        lambda s: {"state_dict_ema": s, "best_acc1": torch.tensor(69.7)},
+        lambda s: {**s, "total_ops": torch.zeros(1), "stages.0.total_params": torch.zeros(1)},
+        lambda s: {k: v.double() if v.is_floating_point() else v for k, v in s.items()},
+        lambda s: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in s.items()},
+        lambda s: {k: v.numpy() for k, v in s.items()},
     ],
 )
 def test_usual_wrappings_load(tmp_path, wrap):
@@ -60,6 +71,67 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(InferFastError, match="no state dict"):
         load_checkpoint(target, saved(tmp_path / "d.pth", {"epoch": 3}))
     assert torch.equal(target.classifier.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("classifier.weight", lambda t: t.long(), "classifier.weight is torch.int64, expected floating numbers"),
+        ("classifier.bias", lambda t: t + 1j, "classifier.bias is torch.complex64, expected floating numbers"),
+        ("stages.0.0.weight", lambda t: t > 0, "stages.0.0.weight is torch.bool"),
+        ("classifier.weight", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is no plain tensor"),
+        ("classifier.weight", lambda t: t.to_sparse(), "is no plain tensor"),
+        ("classifier.weight", lambda t: t / 0, "classifier.weight holds infinity|classifier.weight holds NaN"),
+        ("classifier.weight", lambda t: t.double() + 1e300, "classifier.weight holds infinity"),
+        ("stages.0.1.running_var", lambda t: -t, "stages.0.1.running_var holds a variance below 0"),
+        ("stages.0.1.running_mean", lambda t: t * float("nan"), "stages.0.1.running_mean holds NaN"),
+        ("stages.0.1.num_batches_tracked", lambda t: torch.zeros(2), r"is \(2,\), expected \(\)"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused_by_name(tmp_path, name, tensor, words):
+    target = build("convnet", 4, (8, 8), seed=0)
+    state = build("convnet", 4, (8, 8), seed=1).state_dict()
+    before = target.classifier.weight.clone()
+    with pytest.raises(InferFastError, match=words):
+        load_state(target, {**state, name: tensor(state[name])}, "c.pth")
+    assert torch.equal(target.classifier.weight, before)
+
+
+def test_half_the_precision_is_brought_back(tmp_path):
+    source, target = build("convnet", 4, (8, 8), seed=1), build("convnet", 4, (8, 8), seed=2)
+    for dtype in (torch.float16, torch.bfloat16):
+        load_checkpoint(target, saved(tmp_path / "c.pth", source.to(dtype).state_dict()))
+        assert target.classifier.weight.dtype == torch.float32
+        assert torch.equal(target.classifier.weight, source.classifier.weight.float())
+
+
+def test_what_a_file_holds_is_listed_where_it_does_not_fit(tmp_path):
+    path = saved(tmp_path / "c.pth", {"state_dict": {"features.0.weight": torch.ones(3), "fc.bias": torch.ones(3)}})
+    with pytest.raises(InferFastError, match=r"missing.*2 unexpected names\), it holds features.0.weight, fc.bias"):
+        load_checkpoint(build("convnet", 4, (8, 8)), path)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"acc": 93.2, "epoch": 199}, "accuracy 93.2, epoch 199"),
+        ({"acc": np.float64(93.2), "epoch": np.int64(7)}, "accuracy 93.2, epoch 7"),
+        ({"best_acc1": torch.tensor(69.7), "epoch": torch.tensor([90])}, "accuracy 69.7, epoch 90"),
+        ({"acc": torch.ones(3)}, "accuracy not recorded, epoch not recorded"),
+        ([1, 2], "accuracy not recorded, epoch not recorded"),
+        ({0: 1, "accuracy": "91 %"}, "accuracy 91 %, epoch not recorded"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_read_in_whatever_type(tmp_path, made, said):
+    assert recorded(saved(tmp_path / "c.pth", made)).endswith(said)
+
+
+@pytest.mark.parametrize("card", ["not json", "[1]", '"text"', '{"accuracy": {"top1": 3}}'])
+def test_anyone_may_call_anything_a_card(tmp_path, card):
+    save_file({"a": torch.ones(1)}, tmp_path / "c.safetensors", metadata={"card": card, "epoch": "12"})
+    assert recorded(tmp_path / "c.safetensors").endswith("accuracy not recorded, epoch 12")
+    save_file({"a": torch.ones(1)}, tmp_path / "d.safetensors", metadata={"card": '{"accuracy": 91.25}'})
+    assert "accuracy 91.25" in recorded(tmp_path / "d.safetensors")
 
 
 class Malicious:
