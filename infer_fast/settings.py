@@ -39,7 +39,7 @@ class SqueezeSettings:
     epochs: int = 200
     """passes over the dataset"""
     batch_size: int = 128
-    """images per step"""
+    """images per step; an epoch's last batch is left out where it is one image and BatchNorm can't take it"""
     lr: float = 0.1
     """initial learning rate of SGD, cosine to 0"""
     momentum: float = 0.9
@@ -113,7 +113,7 @@ class StudentSettings:
     epochs: int = 400
     """passes over the distilled set; the compared sets get the same number of updates and the same schedule"""
     batch_size: int = 64
-    """instances per step"""
+    """instances per step; an epoch's last batch is left out where it is one and BatchNorm can't take it"""
     optimizer: Literal["auto", "adamw", "sgd"] = "auto"
     """optimiser of the student; auto: sgd where a momentum is given, else adamw"""
     lr: float = 1e-3

@@ -11,6 +11,7 @@ from infer_fast.files import write_tensors
 from infer_fast.models import build
 from infer_fast.models.checkpoint import file_hash
 from infer_fast.models.teacher import load_teacher, save_teacher
+from infer_fast.models.weights import faulty
 from infer_fast.settings import SqueezeSettings
 from infer_fast.squeeze import Origin, squeeze
 
@@ -120,3 +121,11 @@ def test_every_checkpoint_is_looked_for_before_the_first_is_imported(tiny_datase
         with pytest.raises(InferFastError, match="does not exist|is a folder"):
             squeeze(tiny_dataset, ("convnet", "convnet"), origin, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnet"])
+def test_a_last_batch_of_one_image_trains(tiny_dataset, tmp_path, name):
+    """47 and 1 of 48 images: resnet18 ends at 1x1 pixels, where BatchNorm can't take one image alone."""
+    settings = replace(SETTINGS, batch_size=47, epochs=1)
+    (teacher,) = squeeze(tiny_dataset, (name,), Origin(settings), tmp_path)
+    assert faulty(teacher.network.state_dict()) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from infer_fast.models.copies import in_layout
 from infer_fast.models.engine import Replayed
 from infer_fast.models.execution import AUTO, Execution, at_precision
 from infer_fast.models.layout import layout_of
+from infer_fast.models.weights import faulty
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,11 @@ def fit(
 ) -> nn.Module:
     """Trains `network` in place and leaves it in eval mode, weights float32, in the layout that suits it.
 
-    on_update(done) is called after every update. Nothing waits for the device between updates. Raises InferFastError
-    when the weights became NaN or infinite.
+    A batch of one image is left out, where it is an epoch's last, of a network whose BatchNorm can't take it (see
+    takes_one): one shuffled image an epoch, as with drop_last elsewhere. on_update(done) is called after every update.
+    Nothing waits for the device between updates.
+    Raises InferFastError when the weights became NaN or infinite, or when every batch is one image that BatchNorm can't
+    take.
     """
     network.train()
     layout = torch.contiguous_format  # until there are images to tell it by
@@ -123,23 +128,67 @@ def fit(
         optimizer.step()
 
     run = Replayed(step, any_engine=how.any_engine) if how.engine.startswith("graph") else step
+    learns_of_one: bool | None = None  # not known before there is such a batch
     for done, batch in enumerate(training.batches, start=1):
         if done == 1:
             layout = layout_of(network, training.make(*batch)[0])
             in_layout(network, layout)
         if (done - 1) % schedule.updates_per_epoch == 0:
             _set_rate(optimizer, schedule.rate((done - 1) // schedule.updates_per_epoch))
-        run(*batch)
+        if len(batch[0]) == 1 and learns_of_one is None:
+            learns_of_one = _learns_of_one(network, training, batch, done)
+        if len(batch[0]) > 1 or learns_of_one:
+            run(*batch)
         if on_update is not None:
             on_update(done)
             if not network.training:
                 network.train()
-    if not all(p.isfinite().all() for p in network.parameters()):
+    fault = faulty(network.state_dict())
+    if fault is not None:
         raise InferFastError(
-            f"Training of {type(network).__name__} diverged (weights are NaN or infinite): lower its learning rate "
-            f"(now {schedule.lr})."
+            f"Training of {type(network).__name__} diverged ({fault}): {_blame(training, batch, schedule)}."
         )
     return network.eval()
+
+
+def takes_one(network: nn.Module, images: torch.Tensor) -> bool:
+    """Whether `network` can be trained on a batch of one of `images` (B, 3, H, W).
+
+    BatchNorm can't where it sees 1x1 pixels of one image: one value has no variance. The pass is made on the meta
+    device, so nothing is computed and the network stays as it is.
+    """
+    imagined = copy.deepcopy(network).to("meta").train()
+    try:
+        with torch.no_grad():
+            imagined(torch.empty(1, *images.shape[1:], device="meta"))
+    except Exception as error:  # of any other kind: the training itself will meet it, and say it better
+        return "more than 1 value per channel" not in str(error)
+    return True
+
+
+def _learns_of_one(network: nn.Module, training: Training, batch: tuple, done: int) -> bool:
+    """Whether a batch of one image can be trained on. Raises InferFastError where it can't and is the first of all: the
+    first batch is never the shortest."""
+    images, _ = training.make(*batch)
+    one = takes_one(network, images)
+    if not one and done == 1:
+        raise InferFastError(
+            f"{type(network).__name__} normalises over the images of a batch, and here a batch is one image: raise the "
+            "batch size to 2 or more."
+        )
+    return one
+
+
+def _blame(training: Training, batch: tuple, schedule: Schedule) -> str:
+    """What made a training diverge, by its last batch, and what to do about it."""
+    images, targets = training.make(*batch)
+    if training.label is not None:
+        targets = training.label(images)
+    if not images.isfinite().all():
+        return "its images hold NaN or infinity"
+    if not targets.isfinite().all():
+        return "its labels hold NaN or infinity, so look at the teachers"
+    return f"lower its learning rate (now {schedule.lr:g}) or its weight decay (now {schedule.weight_decay:g})"
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher
-from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict, soft_loss
+from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict, soft_loss, takes_one
 from infer_fast.students.labels import dynamic_labels
 
 
@@ -148,6 +148,74 @@ def test_divergence_is_an_error():
     stream = [(torch.full((1, 2, 1, 1), float("nan")), torch.ones(1, 2))]
     with pytest.raises(InferFastError, match="diverged"):
         fit(network, Training(stream, hard_loss), Schedule("sgd", 0.1, 0.0, 0.0, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("images", "targets", "lr", "words"),
+    [
+        (float("nan"), 1.0, 0.1, "its images hold NaN or infinity"),
+        (1.0, float("inf"), 0.1, "its labels hold NaN or infinity, so look at the teachers"),
+        (1.0, 1.0, 1e38, r"lower its learning rate \(now 1e\+38\) or its weight decay \(now 1e\+10\)"),
+    ],
+)
+def test_the_cause_of_a_divergence_is_named(images, targets, lr, words):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    stream = [(torch.full((2, 2, 1, 1), images), torch.full((2, 2), targets))] * 4
+    with pytest.raises(InferFastError, match=f"diverged .1.weight holds .*{words}"):
+        fit(network, Training(stream, hard_loss), Schedule("sgd", lr, 1e10, 0.0, 4, 4))
+
+
+def test_statistics_that_are_no_numbers_are_a_divergence_too():
+    """The weights may stay as they are."""
+    network = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(3, 2))
+    stream = [(torch.full((2, 3, 1, 1), 3e38), torch.zeros(2, 2))] * 2
+    with pytest.raises(InferFastError, match="diverged .0.running_(mean|var) holds"):
+        fit(network, Training(stream, lambda logits, _: 0.0 * logits.nan_to_num().sum()),
+            Schedule("sgd", 0.1, 0.0, 0.0, 2, 2))  # fmt: skip
+
+
+def parameters(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnet"])
+def test_a_batch_of_one_is_left_out_where_batchnorm_can_not_take_it(generator, name):
+    """Epochs of 5 and 1: as if there were no last batch, or with it where the network has pixels left."""
+    images, targets = torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 4, generator=generator)
+    batches = [(images[:5], targets[:5]), (images[5:], targets[5:])]
+    seen, trained = [], []
+    for stream, per_epoch in ((batches * 2, 2), (batches[:1] * 2, 1)):
+        network = build(name, 4, (8, 8), seed=0)
+        schedule = Schedule("sgd", 0.01, 0.0, 0.9, len(stream), per_epoch)
+        fit(network, Training(stream, soft_loss(4.0)), schedule, Execution("float32", "eager"), seen.append)
+        trained.append(parameters(network))
+    assert seen == [1, 2, 3, 4, 1, 2]
+    assert torch.equal(*trained) == (name == "resnet18")
+
+
+def test_batches_of_one_alone_can_not_be_trained_on(generator):
+    images, targets = torch.randn(1, 3, 8, 8, generator=generator), torch.randn(1, 4, generator=generator)
+    network = build("resnet18", 4, (8, 8), seed=0)
+    before = parameters(network)
+    with pytest.raises(InferFastError, match="here a batch is one image: raise the batch size to 2"):
+        fit(network, Training([(images, targets)] * 3, hard_loss), Schedule("sgd", 0.1, 0.0, 0.0, 3, 3))
+    assert torch.equal(parameters(network), before)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "convnet", "convnet128", "vgg16"])
+@pytest.mark.parametrize("size", [8, 32])
+def test_whether_one_image_can_be_trained_on_is_known_without_trying(generator, name, size):
+    network, images = build(name, 4, (size, size), seed=0), torch.randn(1, 3, size, size, generator=generator)
+    state, random = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
+    known = takes_one(network, images.expand(5, -1, -1, -1))
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
+    try:
+        network.train()(images)
+    except ValueError:
+        assert not known
+    else:
+        assert known
 
 
 def test_predict_covers_every_position_once():
