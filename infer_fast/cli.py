@@ -17,8 +17,10 @@ import tyro
 
 from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
 from infer_fast.ops.backend import native
+from infer_fast.ranges import flag
 from infer_fast.recipes import RECIPES
 from infer_fast.settings import Recipe
+from infer_fast.void import check_options, void
 
 Options = TypeVar("Options")
 
@@ -41,8 +43,18 @@ def glance(kind: type[Options], args: list[str], prog: str) -> Options:
 
 
 def parse(kind: type[Options], default: Options, args: list[str], prog: str, description: str) -> Options:
-    """The flags as a typed dataclass; hyphens and underscores alike. Exits with 0 on --help, 2 on bad usage."""
-    return tyro.cli(kind, args=args, default=default, prog=prog, description=description)
+    """The flags as a typed dataclass; hyphens and underscores alike. Exits with 0 on --help, 2 on bad usage: a number
+    out of its range too. Notes on standard error which settings another one makes void.
+    """
+    options = tyro.cli(kind, args=args, default=default, prog=prog, description=description)
+    try:
+        check_options(options, flag)
+    except InferFastError as error:
+        print(f"infer_fast: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    for sentence in void(options, default):
+        print(f"note: {sentence}", file=sys.stderr)
+    return options
 
 
 def device() -> torch.device:

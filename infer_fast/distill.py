@@ -44,11 +44,13 @@ from infer_fast.squeeze import Origin, squeeze
 from infer_fast.students.candidates import Evaluation, kinds
 from infer_fast.students.results import WandbRun
 from infer_fast.students.training import check_students
-from infer_fast.synthesis.base import base_images, expected_count
+from infer_fast.synthesis.base import base_images, check_enough, expected_count
 from infer_fast.synthesis.memory import ROOM, Demand, Room, find_room
 from infer_fast.synthesis.plan import Plan, make_plan
+from infer_fast.synthesis.problem import with_statistics
 from infer_fast.synthesis.tasks import Results, Synthesis, assemble, synthesise
 from infer_fast.validate import STORE, present, validate
+from infer_fast.void import check_image_size, check_options
 
 PROG = "python -m infer_fast.distill [RECIPE]"
 
@@ -125,9 +127,7 @@ class Job:
     @property
     def wanted(self) -> range:
         """The task indices to solve here."""
-        every = self.plan.indices
-        last = every if self.options.ipc_end is None else min(self.options.ipc_end, every)
-        return range(self.options.ipc_start, last)
+        return self.plan.wanted(self.options.ipc_start, self.options.ipc_end)
 
     def with_base_images(self, k: int) -> Job:
         """The same with k base images of each class, as many as a budget of bytes turned out to hold."""
@@ -246,8 +246,10 @@ def decide(options: DistillOptions, recipe_name: str) -> Job:
 
     Raises InferFastError for what can't be had, students and loaders included, before any of the work.
     """
+    check_options(options)
     dataset = _dataset(options)
-    recipe = _with_statistics(first_teachers(options), dataset)
+    recipe = first_teachers(options)
+    recipe = replace(recipe, synthesis=with_statistics(recipe.synthesis, dataset.pixels))
     check_students(recipe.student, len(dataset.classes), dataset.size)
     check_loader(recipe.squeeze.loader)
     kinds(recipe.compare, recipe.student.labels, recipe.store.budget == "bytes")  # or an error
@@ -256,6 +258,8 @@ def decide(options: DistillOptions, recipe_name: str) -> Job:
     room = find_room(demand, dataset.device, folder, options.lanes, options.chunk)
     k = expected_count(dataset, recipe) if recipe.store.budget == "bytes" else None
     plan = make_plan(recipe, len(dataset.classes), dataset.size, room.lanes, k)
+    plan.wanted(options.ipc_start, options.ipc_end)  # or an error
+    check_enough(dataset, recipe, plan, options.init_path)
     return Job(options, recipe_name, recipe, dataset, folder, room, plan)
 
 
@@ -284,6 +288,7 @@ def _dataset(options: DistillOptions) -> ImageDataset:
         val_path=options.val_dir,
         hold_out=options.held_out,
     )
+    check_image_size(dataset.name, dataset.size, options.image_size)
     if len(dataset.train) == 0:
         raise InferFastError(f"{dataset.name} can't be fetched by name: give its place with --data-path.")
     return dataset.to(cli.device())
@@ -295,12 +300,6 @@ def first_teachers(options: DistillOptions) -> Recipe:
     if count is not None and not 1 <= count <= len(names):
         raise InferFastError(f"--M {count}: there are {len(names)} teachers ({', '.join(names)}).")
     return replace(options.recipe, arch_name=names[:count])
-
-
-def _with_statistics(recipe: Recipe, dataset: ImageDataset) -> Recipe:
-    settings = recipe.synthesis
-    filled = replace(settings, mean=settings.mean or dataset.pixels.mean, std=settings.std or dataset.pixels.std)
-    return replace(recipe, synthesis=filled)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,10 @@ from infer_fast.models.teacher import Teacher, load_teacher, save_teacher
 from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict
 from infer_fast.models.weight_files import check_file
 from infer_fast.progress import Stage, stage
+from infer_fast.ranges import check
 from infer_fast.recipes import RECIPES
 from infer_fast.settings import Recipe, SqueezeSettings
+from infer_fast.void import check_image_size
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ def squeeze(dataset: ImageDataset, names: tuple[str, ...], origin: Origin, folde
     """One teacher per name, in order: from `folder` if it was made before, else imported or trained and saved there.
 
     The dataset's device is the teachers'.
-    Raises InferFastError for an unknown name, weights that don't fit, or training without training images.
+    Raises InferFastError for a setting out of its range, an unknown name, weights that don't fit, or training without
+    training images.
     """
+    check(origin)
     given = origin.checkpoints
     if given and len(given) != len(names):
         raise InferFastError(f"{len(given)} checkpoints were given for {len(names)} teachers: give one for each.")
@@ -165,6 +169,7 @@ def _main(args: list[str]) -> None:
     dataset = load_dataset(
         options.dataset, options.data_path, image_size=options.image_size, cache=root / "datasets"
     ).to(cli.device())
+    check_image_size(dataset.name, dataset.size, options.image_size)
     teachers = squeeze(
         dataset,
         options.arch_name,

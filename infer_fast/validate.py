@@ -32,6 +32,7 @@ from infer_fast.extras import require
 from infer_fast.models.checkpoint import recorded
 from infer_fast.models.teacher import Teacher
 from infer_fast.progress import stage
+from infer_fast.ranges import check, check_counts
 from infer_fast.recipes import IMAGENET_WEIGHTS, base_images_per_class
 from infer_fast.relabel import relabel, teachers_of
 from infer_fast.settings import Compare, Recipe, SqueezeSettings, StudentSettings
@@ -41,6 +42,7 @@ from infer_fast.students.candidates import Candidate, Evaluation, candidates
 from infer_fast.students.labels import record_labels
 from infer_fast.students.results import Measured, ResultStore, WandbRun, table, verdict, write_results
 from infer_fast.students.training import check_students, measured_student
+from infer_fast.void import check_image_size
 
 STORE = "students.json"
 PROG = "python -m infer_fast.validate"
@@ -97,11 +99,11 @@ class ValidateOptions:
 def validate(evaluation: Evaluation) -> list[Row]:
     """The table: students of every network on the distilled set, and on what it is compared with.
 
-    Raises InferFastError for fewer than 1 seed, or a class with fewer than ipc training images.
+    Raises InferFastError for a setting out of its range, or a class with fewer than ipc training images.
     """
     settings, seeds = evaluation.settings, evaluation.seeds
-    if seeds < 1:
-        raise InferFastError(f"{seeds} seeds were asked for: at least 1 is needed.")
+    check(settings)
+    check_counts(seeds=seeds, seed=evaluation.seed)
     check_students(settings, len(evaluation.dataset.classes), evaluation.dataset.size)
     replayed = _stored_labels(evaluation) if "fkd" in settings.labels else None
     made = candidates(evaluation, replayed)
@@ -206,6 +208,7 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
     hold_out = data.held_out if options.val_dir is None else 0
     name = options.dataset or data.name
     dataset = load_dataset(name, data_path, image_size=image_size, val_path=val_dir, hold_out=hold_out)
+    check_image_size(dataset.name, dataset.size, image_size)
     if options.val_dir is None and dataset.fingerprint != data.fingerprint:
         raise InferFastError(f"{data.name} is not the dataset this set was distilled from (its fingerprint differs).")
     if len(dataset.classes) != len(whole.classes):
@@ -271,6 +274,7 @@ def _images_of_others(options: ValidateOptions) -> Evaluation:
     dataset = load_dataset(
         options.dataset, options.data_path, image_size=options.image_size, val_path=options.val_dir
     ).to(cli.device())
+    check_image_size(dataset.name, dataset.size, options.image_size)
     each = None
     if options.ipc is not None:
         teachers = options.M or 0

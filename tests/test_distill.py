@@ -182,13 +182,20 @@ BAD = {
     "unknown network": (["--arch-name", "resnet19"], 1, "'resnet19' is not a network"),
     "ipc too small": (["--ipc=1"], 1, "ipc 1 is too small"),
     "ipc too large": (["--ipc=1000"], 1, "fewer than the"),
-    "diverging": (["--lr=1e38"], 1, "The loss became NaN or infinite in teacher convnet, index 0, iteration"),
+    "diverging": (
+        ["--steps=2", "--rho=1e6"],
+        1,
+        "The loss became NaN or infinite in teacher convnet, index 0, iteration 0, teacher convnet, index 1",
+    ),
     "missing checkpoints": (["--arch-path", "a.pth"], 1, "1 checkpoints were given for 2 teachers"),
     ALONE: (["--backend=triton"], 1, "triton backend was asked for but can't serve"),
     "more teachers than named": (["--M=3"], 1, "--M 3: there are 2 teachers (convnet, convnet-silu)"),
     "no wandb": (["--wandb-name=mine"], 1, "--wandb-name needs the package wandb"),
     "no such weights": (["--arch-weights=V9"], 1, "convnet"),
-    "no seeds": (["--seeds=0"], 1, "at least 1 is needed"),
+    "no seeds": (["--seeds=0"], 2, "--seeds is 0: it must be a whole number from 1 to"),
+    "no images": (["--ipc=999999999999"], 2, "--ipc is 999999999999: it must be a whole number from 1 to"),
+    "no tasks": (["--ipc-start=9"], 1, "--ipc-start 9: the tasks are 0 to 2"),
+    "nothing resized": (["--image-size=16"], 1, "--image-size 16 has no effect on digits, whose images are 8x8"),
 }
 
 

@@ -129,3 +129,8 @@ def test_a_last_batch_of_one_image_trains(tiny_dataset, tmp_path, name):
     settings = replace(SETTINGS, batch_size=47, epochs=1)
     (teacher,) = squeeze(tiny_dataset, (name,), Origin(settings), tmp_path)
     assert faulty(teacher.network.state_dict()) is None
+
+
+def test_an_image_size_that_has_no_effect_is_refused(call_module):
+    done = call_module("squeeze", "--arch-name", "convnet", "--epochs", "1", "--image-size", "16")
+    assert done.returncode == 1 and "--image-size 16 has no effect on digits, whose images are 8x8" in done.stderr

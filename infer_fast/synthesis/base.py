@@ -35,9 +35,27 @@ def base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path |
     return Base(images) if recipe.store.codec == "raw" else storage.coded(images)
 
 
+def check_enough(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path | None = None) -> None:
+    """Raises InferFastError where a class has fewer training images than will be drawn of it: before any of the work.
+
+    They are drawn for base images, unless those are given, and to compare them with random real images.
+    """
+    if recipe.store.budget == "bytes":  # filled with as many as there are
+        return
+    compared = recipe.ipc if recipe.compare != "none" else 0
+    wanted = max(compared, 0 if given is not None else plan.k)
+    least = smallest_class(dataset)
+    if least < wanted:
+        raise InferFastError(
+            f"The smallest class of {dataset.name} has {least} training images, fewer than the {wanted} that will be "
+            "drawn of each: lower --ipc."
+        )
+
+
 def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:
     """About how many base images of each class a budget of bytes holds: by the size of a few."""
-    draw, storage = drawn(dataset, recipe), storage_of(recipe, recipe.store.compensators or 0)
+    asked = recipe.store.compensators
+    draw, storage = drawn(dataset, recipe), storage_of(recipe, 0 if asked is None else asked)
     most = smallest_class(dataset)
     some = min(most, SAMPLE)
     empty, size = (storage.file_bytes(storage.coded(draw(k))) for k in (1, some))
@@ -70,4 +88,10 @@ def _column(folder: Path, j: int, plan: Plan, settings: SynthesisSettings) -> to
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != expected:
         found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise InferFastError(f"{path} holds {found}, expected a tensor {expected}.")
-    return tensor if tensor.dtype == torch.uint8 else pixels_of(settings).to_bytes(tensor)
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if not tensor.is_floating_point():
+        raise InferFastError(f"{path} holds {tensor.dtype}, expected bytes (uint8) or normalised floating numbers.")
+    if not tensor.isfinite().all():
+        raise InferFastError(f"{path} holds NaN or infinity, expected normalised images: make the file again.")
+    return pixels_of(settings).to_bytes(tensor.float())

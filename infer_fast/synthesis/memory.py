@@ -133,7 +133,7 @@ def find_room(
     if chunk is not None:
         chunks = [chunk] * len(names)
     elif demand.most is not None and demand.most < demand.images:
-        chunks = [min(own or demand.images, demand.most) for own in chunks]
+        chunks = [demand.most if own is None else min(own, demand.most) for own in chunks]
     return Room([own for own, _ in found], chunks, made_for)
 
 

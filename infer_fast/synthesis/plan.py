@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from infer_fast.data.distilled import QUANTISATION_BYTES
 from infer_fast.errors import InferFastError
+from infer_fast.ranges import check, check_counts
 from infer_fast.recipes import base_images_per_class
 from infer_fast.settings import Recipe, SynthesisSettings
 
@@ -54,6 +55,15 @@ class Plan:
         """Tasks of one teacher on the same classes, which are counted from 0."""
         return self.k if self.optimise == "images" else self.n
 
+    def wanted(self, start: int, end: int | None) -> range:
+        """The indices from `start` to before `end` (None, or beyond the last: all that are left).
+
+        Raises InferFastError where that is none of the tasks there are.
+        """
+        if self.tasks and start >= self.indices:
+            raise InferFastError(f"--ipc-start {start}: the tasks are 0 to {self.indices - 1}.")
+        return range(start, self.indices if end is None else min(end, self.indices))
+
     @property
     def compensators(self) -> int:
         return len(self.teachers) * self.n
@@ -90,16 +100,19 @@ def make_plan(
     """The plan of `recipe` for a dataset of `classes` classes and images of `size`.
 
     lanes: tasks per batch, for all teachers or for each; k: base images per class that fill a budget of bytes.
-    Raises InferFastError when ipc is too small for one base image per class, or compensators are larger than images.
+    Raises InferFastError for a setting out of its range, when ipc is too small for one base image per class, or
+    compensators are larger than images.
     """
+    check(recipe)
     settings = recipe.synthesis
-    if recipe.ipc < 1:
-        raise InferFastError(f"ipc {recipe.ipc} is no budget: it must be at least 1 image per class.")
     if not recipe.arch_name:
         raise InferFastError("No teacher was named: give at least one with --arch-name.")
     each = [lanes] * len(recipe.arch_name) if isinstance(lanes, int) else list(lanes)
-    if min(each) < 1:
-        raise InferFastError(f"{min(each)} lanes were asked for: it must be at least 1.")
+    check_counts(lanes=min(each))
+    if settings.optimise != "images" and settings.start == "noise":
+        raise InferFastError(
+            "--start noise: a compensator starts at zero, on real images (--optimise images has noise)."
+        )
     if settings.optimise == "images" and recipe.store.budget == "bytes":
         raise InferFastError(
             "--optimise images fills --budget images: what a codec will make of such images is not known before."
@@ -108,11 +121,9 @@ def make_plan(
     if settings.optimise == "images":
         k, n, teachers, chunk = recipe.ipc, 0, range(1), settings.batch_size
     else:
-        k, n = _counts(recipe, classes, size, added) if k is None else (k, min(k, recipe.store.compensators or 0))
+        k, n = _counts(recipe, classes, size, added) if k is None else (k, _of_bytes(recipe, k))
         teachers, chunk = range(len(recipe.arch_name)), classes
     indices = k if settings.optimise == "images" else n
-    if settings.batch_size < 1:
-        raise InferFastError(f"batch size {settings.batch_size} is too small: it must be at least 1.")
     batches = tuple(
         TaskBatch(teacher, tuple(range(first, min(first + each[teacher], indices))), low, min(low + chunk, classes))
         for teacher in teachers
@@ -135,7 +146,7 @@ def _size_of_compensators(settings: SynthesisSettings, size: tuple[int, int]) ->
         return size
     if settings.optimise == "images":
         raise InferFastError(f"--compensator-size {side}: --optimise images has no compensators.")
-    if not 1 <= side <= min(size):
+    if side > min(size):
         raise InferFastError(
             f"--compensator-size {side}: it must be 1 to {min(size)} for images of {size[1]}x{size[0]}."
         )
@@ -151,8 +162,8 @@ def _counts(recipe: Recipe, classes: int, size: tuple[int, int], added: tuple[in
     budget = recipe.ipc * classes * 3 * size[0] * size[1]
     infer = asked is None and added == size
     k = base_images_per_class(recipe.ipc, teachers, classes) if infer else recipe.ipc
-    while k > 0 and stored_bytes(k * classes, teachers * _each(asked, k), size, added) > budget:
-        k -= 1
+    while k > 0 and (over := stored_bytes(k * classes, teachers * _each(asked, k), size, added) - budget) > 0:
+        k -= max(1, over // stored_bytes(classes, teachers, size, added))  # so many are too many in any case
     if k < 1 and asked is not None:
         raise InferFastError(
             f"ipc {recipe.ipc} is too small: a budget of {budget} bytes does not hold one base image per class and "
@@ -167,6 +178,12 @@ def _counts(recipe: Recipe, classes: int, size: tuple[int, int], added: tuple[in
             f"bytes does not hold one base image per class and the compensators (--ipc {least} would)."
         )
     return k, _each(asked, k)
+
+
+def _of_bytes(recipe: Recipe, k: int) -> int:
+    """Compensators of each teacher in a budget of bytes: as many as were asked for."""
+    asked = recipe.store.compensators
+    return 0 if asked is None else _each(asked, k)
 
 
 def _each(asked: int | None, k: int) -> int:

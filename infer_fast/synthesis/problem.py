@@ -15,7 +15,7 @@ whole batch's statistics, a second one the gradients. So one compensator serves 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -136,7 +136,7 @@ class Problem:
 
     def _spans(self) -> list[slice]:
         count = self.base.shape[1]
-        chunk = self.chunk or count
+        chunk = count if self.chunk is None else self.chunk
         return [slice(low, min(low + chunk, count)) for low in range(0, count, chunk)]
 
     @torch.no_grad()
@@ -171,6 +171,12 @@ def pixels_of(settings: SynthesisSettings) -> Pixels:
     if settings.mean is None or settings.std is None:
         raise InferFastError("Images are clamped to [0,1] pixels: give the settings the dataset's mean and std.")
     return Pixels(settings.mean, settings.std)
+
+
+def with_statistics(settings: SynthesisSettings, pixels: Pixels) -> SynthesisSettings:
+    """The settings with the dataset's mean and standard deviation, where they have none of their own."""
+    mean = pixels.mean if settings.mean is None else settings.mean
+    return replace(settings, mean=mean, std=pixels.std if settings.std is None else settings.std)
 
 
 def adjusted_teacher(

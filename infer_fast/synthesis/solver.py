@@ -15,6 +15,7 @@ from infer_fast.models.engine import CaptureError, capture, compiled, compiling,
 from infer_fast.models.execution import AUTO, Execution
 from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops.adam import adam_
+from infer_fast.ranges import check, check_counts
 from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis.iteration import AdamState, iterate, start_state
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
@@ -72,7 +73,7 @@ def solve(
 
 
 def _execution(precision: str = "auto", engine: str = "auto", backend: str | None = None) -> Execution:
-    return Execution(precision, engine, backend or "auto")
+    return Execution(precision, engine, "auto" if backend is None else backend)
 
 
 class Solver:
@@ -92,10 +93,8 @@ class Solver:
         lanes: int | None = None,
         chunk: int | None = None,
     ):
-        if settings.iterations < 1 or settings.jitter < 0 or settings.steps < 0:
-            raise InferFastError("solve needs at least 1 iteration, and jitter and steps of at least 0.")
-        if any(n is not None and n < 1 for n in (lanes, chunk)):
-            raise InferFastError(f"lanes ({lanes}) and chunk ({chunk}) must be at least 1.")
+        check(settings)
+        check_counts(lanes=lanes, chunk=chunk)
         device = next(teacher.parameters(), torch.empty(0)).device
         self.teacher, self.settings, self.execution = teacher, settings, execution.on(device)
         self.lanes, self.chunk = lanes, chunk
@@ -124,7 +123,8 @@ class Solver:
         failures: dict[int, int] = {}
         while done < count:
             # adjusted weights serve one task alone
-            lanes = range(done, min(count, done + (1 if settings.steps else self.lanes or count)))
+            most = 1 if settings.steps else count if self.lanes is None else self.lanes
+            lanes = range(done, min(count, done + most))
             outcome = self._try(base, views, targets, lanes, on_iteration)
             if outcome is not None:
                 results.append(outcome[0])
@@ -152,7 +152,7 @@ class Solver:
 
     def _settle_for_less(self, lanes: int, images: int) -> str | None:
         """Halves the lanes, then the chunk; says so in words, or None if there is nothing left to halve."""
-        chunk = min(self.chunk or images, images)
+        chunk = images if self.chunk is None else min(self.chunk, images)
         if lanes > 1:
             self.lanes = lanes // 2
             return f"{lanes} lanes: going on with {self.lanes}"

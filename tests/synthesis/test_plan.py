@@ -6,7 +6,7 @@ import pytest
 
 from infer_fast.errors import InferFastError
 from infer_fast.recipes import RECIPES, base_images_per_class
-from infer_fast.synthesis.plan import make_plan
+from infer_fast.synthesis.plan import make_plan, stored_bytes
 
 
 def test_k_is_the_papers_formula():
@@ -50,7 +50,7 @@ def test_smaller_compensators_leave_room_for_base_images():
 def test_compensators_of_a_size_that_cannot_be_are_an_error(side, optimise):
     recipe = RECIPES["digits-infer"]
     recipe = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=side, optimise=optimise))
-    with pytest.raises(InferFastError, match=f"--compensator-size {side}"):
+    with pytest.raises(InferFastError, match=f"compensator.size (is )?{side}: "):
         make_plan(recipe, 10, (8, 8))
 
 
@@ -79,14 +79,46 @@ def test_a_compensator_is_shared_by_all_classes_whatever_the_batch_size():
 
 def test_settings_that_cannot_work_are_errors():
     recipe = RECIPES["digits-infer"]
-    with pytest.raises(InferFastError, match="batch size 0 is too small"):
+    with pytest.raises(InferFastError, match="SynthesisSettings.batch_size is 0"):
         make_plan(replace(recipe, synthesis=replace(recipe.synthesis, batch_size=0)), 10, (8, 8))
-    with pytest.raises(InferFastError, match="at least 1 image"):
+    with pytest.raises(InferFastError, match="Recipe.ipc is 0"):
         make_plan(replace(recipe, ipc=0), 10, (8, 8))
     with pytest.raises(InferFastError, match="No teacher"):
         make_plan(replace(recipe, arch_name=()), 10, (8, 8))
-    with pytest.raises(InferFastError, match="0 lanes"):
+    with pytest.raises(InferFastError, match="lanes is 0"):
         make_plan(recipe, 10, (8, 8), lanes=0)
+    with pytest.raises(InferFastError, match="--start noise: a compensator starts at zero"):
+        make_plan(replace(recipe, synthesis=replace(recipe.synthesis, start="noise")), 10, (8, 8))
+
+
+@pytest.mark.parametrize("ipc", [1, 3, 10, 77, 500])
+@pytest.mark.parametrize("teachers", [1, 4])
+@pytest.mark.parametrize(("asked", "side"), [(0, None), (1, None), (5, 3), (None, 2)])
+def test_k_is_the_largest_that_fits(ipc, teachers, asked, side):
+    """Against a search from the largest down, one by one."""
+    recipe = replace(RECIPES["digits-infer"], ipc=ipc, arch_name=("convnet",) * teachers)
+    recipe = replace(recipe, synthesis=replace(recipe.synthesis, compensator_size=side))
+    recipe = replace(recipe, store=replace(recipe.store, compensators=asked))
+    added = (8, 8) if side is None else (side, side)
+
+    def fits(k):
+        n = k if asked is None else min(asked, k)
+        return stored_bytes(10 * k, teachers * n, (8, 8), added) <= ipc * 10 * 192
+
+    largest = next((k for k in range(ipc, 0, -1) if fits(k)), 0)
+    if largest == 0:
+        with pytest.raises(InferFastError, match="too small"):
+            make_plan(recipe, 10, (8, 8))
+    else:
+        assert make_plan(recipe, 10, (8, 8)).k == largest
+
+
+def test_tasks_of_a_range_are_those_that_there_are():
+    plan = make_plan(RECIPES["digits-infer"], 10, (8, 8))
+    assert plan.wanted(0, None) == range(7) and plan.wanted(2, 50) == range(2, 7) and plan.wanted(2, 3) == range(2, 3)
+    with pytest.raises(InferFastError, match="--ipc-start 7: the tasks are 0 to 6"):
+        plan.wanted(7, 9)
+    assert make_plan(RECIPES["digits"], 10, (8, 8), k=3).wanted(0, None) == range(0)
 
 
 def test_images_that_are_optimised_do_not_fill_a_budget_of_bytes():
