@@ -29,6 +29,7 @@ from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops import enlarged, enlarging, lane_loss, perturb_
 from infer_fast.ops.bn_match import Statistics, pooled
 from infer_fast.settings import SynthesisSettings
+from infer_fast.synthesis.arguments import check_logits, check_outputs
 from infer_fast.synthesis.views import View, Views, apply_view, seen
 
 
@@ -39,7 +40,7 @@ class Problem:
     base: float32 (L, C, 3, H, W), normalised, on the device; targets: int64 (C,), the class of each image of a lane;
     teacher: the matched teacher all lanes share; precision: of its pass, as choose_precision returns it (losses and
     what is optimised stay float32); chunk: images of each lane that are passed together, None for all C; backend: of
-    the views, None for the fastest.
+    the views, None for the fastest; classes: outputs that the targets need of the teacher.
     """
 
     teacher: MatchedTeacher
@@ -49,13 +50,16 @@ class Problem:
     precision: str = "float32"
     chunk: int | None = None
     backend: str | None = None
+    classes: int = 1
 
     def __post_init__(self) -> None:
         """bounds: image mode keeps the images in the normalised range of [0,1] pixels; a compensator has none.
 
         shares: float32 (L,) for each span, its part of the images; made here, so that no iteration fills them; arrived:
-        int32 (L,), the counters of lane_loss; enlarging: what takes a smaller compensator to the images' size.
+        int32 (L,), the counters of lane_loss; enlarging: what takes a smaller compensator to the images' size;
+        outputs: how many the teacher has, None before its first pass.
         """
+        self.outputs: int | None = None
         images = self.settings.optimise == "images"
         self.bounds = pixels_of(self.settings).bounds(self.base.device) if images else None
         lanes, count, _, *size = self.base.shape
@@ -64,6 +68,12 @@ class Problem:
         shares = [(span.stop - span.start) / count for span in self._spans()]
         self.shares = [torch.full((lanes,), share, device=self.base.device) for share in shares]
         self.arrived = torch.zeros(lanes, dtype=torch.int32, device=self.base.device)
+
+    def require(self, classes: int) -> None:
+        """Other targets need so many outputs. Raises InferFastError where the teacher is known to have fewer."""
+        self.classes = classes
+        if self.outputs is not None:
+            check_outputs(self.outputs, classes)
 
     def start(self) -> torch.Tensor:
         """The tensor that is optimised, at iteration 0: zeros (L, 1, 3, H, W), or the base images (L, C, 3, H, W).
@@ -99,6 +109,8 @@ class Problem:
         images = self.seen(optimised, view, span, dtype_of(self.precision))
         with at_precision(images.device, self.precision):
             logits, penalty = self.teacher(images.flatten(0, 1), len(images), whole)
+        logits = check_logits(logits, images.shape[0] * images.shape[1], self.classes)
+        self.outputs = logits.shape[1]
         return lane_loss(logits, self.targets[span], penalty, self.settings.r_bn, self.arrived)
 
     def loss_and_gradient(self, optimised: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,14 +198,17 @@ def adjusted_teacher(
 
     `settings.steps` times: g = grad_theta CE(f(view(X))), theta += (rho/steps) * g/||g||_2. base: (1, C, 3, H, W);
     step s takes the view of iteration s (modulo the iterations). The given teacher is not touched.
+    Raises InferFastError for a teacher without an output for each class of the targets.
     """
     copied = frozen_copy(teacher).requires_grad_(True)
+    classes = int(targets.max()) + 1
     params = list(copied.parameters())
     for step in range(settings.steps):
         position = torch.tensor([step % len(views.shift)], device=base.device)
         images = apply_view(base, views.at(position))
         with at_precision(base.device, "float32"):
-            loss = F.cross_entropy(copied(images[0]).float(), targets)
+            logits = check_logits(copied(images[0]), len(targets), classes)
+            loss = F.cross_entropy(logits.float(), targets)
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         perturb_(params, grads, settings.rho / settings.steps)
     return copied.requires_grad_(False)

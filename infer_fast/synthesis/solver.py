@@ -17,6 +17,7 @@ from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops.adam import adam_
 from infer_fast.ranges import check, check_counts
 from infer_fast.settings import SynthesisSettings
+from infer_fast.synthesis.arguments import blame, check_targets, check_tasks, check_teacher
 from infer_fast.synthesis.iteration import AdamState, iterate, start_state
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views
@@ -32,13 +33,14 @@ OnIteration = Callable[[range, int, torch.Tensor], None]
 class NonFiniteLossError(InferFastError):
     """Some lanes' losses became NaN or infinite; the others ran to the end.
 
-    failures: {lane: iteration (0-based)}; result: float32 (L, ...) as solve returns it, valid for the other lanes.
+    failures: {lane: iteration (0-based)}; causes: {lane: what is to blame, in words}; result: float32 (L, ...) as solve
+    returns it, valid for the other lanes.
     """
 
-    def __init__(self, failures: dict[int, int], result: torch.Tensor):
-        self.failures, self.result = failures, result
-        where = ", ".join(f"lane {lane} at iteration {iteration}" for lane, iteration in sorted(failures.items()))
-        super().__init__(f"The loss became NaN or infinite in {where}: lower --lr or --r-bn.")
+    def __init__(self, failures: dict[int, int], causes: dict[int, str], result: torch.Tensor):
+        self.failures, self.causes, self.result = failures, causes, result
+        where = [f"lane {lane} at iteration {failures[lane]} ({causes[lane]})" for lane in sorted(failures)]
+        super().__init__(f"The loss became NaN or infinite in {', '.join(where)}.")
 
 
 class ExecutionOptions(TypedDict, total=False):
@@ -95,11 +97,13 @@ class Solver:
     ):
         check(settings)
         check_counts(lanes=lanes, chunk=chunk)
-        device = next(teacher.parameters(), torch.empty(0)).device
-        self.teacher, self.settings, self.execution = teacher, settings, execution.on(device)
+        check_teacher(teacher)
+        self.device = next(teacher.parameters(), torch.empty(0)).device
+        self.teacher, self.settings, self.execution = teacher, settings, execution.on(self.device)
         self.lanes, self.chunk = lanes, chunk
         self._matched: MatchedTeacher | None = None
         self._loop: Loop | None = None
+        self._classes = 1  # outputs that the tasks need of the teacher
 
     def solve(
         self,
@@ -109,10 +113,12 @@ class Solver:
         on_iteration: OnIteration | None = None,
     ) -> torch.Tensor:
         """The tasks of `base`, in batches of at most self.lanes; see solve()."""
-        settings, count = self.settings, len(base)
-        _check(base, settings, views, targets)
-        if targets is None:
-            targets = torch.arange(base.shape[1], device=base.device)
+        settings = self.settings
+        check_tasks(base, views, settings.iterations, self.device)
+        count = len(base)
+        targets = torch.arange(base.shape[1]) if targets is None else targets
+        self._classes = check_targets(targets, base.shape[1])
+        targets = targets.to(base.device)
         if views is None:
             size, iterations = (base.shape[3], base.shape[4]), settings.iterations
             views = draw_views(
@@ -132,7 +138,8 @@ class Solver:
                 done = lanes.stop
         result = torch.cat(results)
         if failures:
-            raise NonFiniteLossError(failures, result)
+            causes = {lane: blame(base[lane], settings, iteration) for lane, iteration in failures.items()}
+            raise NonFiniteLossError(failures, causes, result)
         return result
 
     def _try(self, base, views, targets, lanes: range, on_iteration) -> tuple[torch.Tensor, dict[int, int]] | None:
@@ -199,9 +206,11 @@ class Solver:
                 self.execution.precision,
                 self.chunk,
                 self.execution.forced_backend,
+                self._classes,
             )
             self._loop = self._start(problem, start_state(problem, views))
         else:
+            self._loop.problem.require(self._classes)
             self._loop.take(base, views, targets)
         return self._loop
 
@@ -284,17 +293,3 @@ def failed_lanes(losses: torch.Tensor) -> dict[int, int]:
     """{lane: first iteration whose loss is not finite} of losses (T, L)."""
     bad = ~losses.isfinite()
     return {lane: int(bad[:, lane].nonzero()[0]) for lane in range(losses.shape[1]) if bad[:, lane].any()}
-
-
-def _check(base, settings, views, targets) -> None:
-    if base.dim() != 5 or base.shape[2] != 3 or base.dtype != torch.float32:
-        raise InferFastError(f"solve takes base as float32 (L, C, 3, H, W), not {base.dtype} {tuple(base.shape)}.")
-    lanes = (settings.iterations, len(base))
-    for name, shape in (("shift", (*lanes, 2)), ("crop", (*lanes, 4)), ("flip", lanes)):
-        drawn = None if views is None else getattr(views, name)
-        if drawn is not None and tuple(drawn.shape) != shape:
-            raise InferFastError(f"views.{name} must be (T, L, ...) = {shape}, not {tuple(drawn.shape)}.")
-    if targets is not None and tuple(targets.shape) != (base.shape[1],):
-        raise InferFastError(
-            f"targets must be ({base.shape[1]},), one class for each image, not {tuple(targets.shape)}."
-        )

@@ -95,7 +95,7 @@ def synthesise(work: Synthesis, folder: Path, wanted: range) -> Results | None:
         for batch in plan.batches
         for index in batch.indices
     }
-    failed: list[str] = []
+    failed: dict[str, list[str]] = {}  # where, by what is to blame
     solver = None
     with stage("synthesis", plan.tasks * plan.iterations, "task iterations") as running:
         for batch in plan.batches:
@@ -107,11 +107,11 @@ def synthesise(work: Synthesis, folder: Path, wanted: range) -> Results | None:
                 solver = None  # what it holds on the device goes first
                 release()
                 solver = _solver(work, batch.teacher)
-            failed += _solve_batch(work, batch, own, solver, running.advance)
+            for cause, where in _solve_batch(work, batch, own, solver, running.advance):
+                failed.setdefault(cause, []).append(where)
     if failed:
-        raise InferFastError(
-            f"The loss became NaN or infinite in {', '.join(failed)}: lower --lr or --r-bn; the other tasks are saved."
-        )
+        told = "; ".join(f"{', '.join(where)} ({cause})" for cause, where in failed.items())
+        raise InferFastError(f"The loss became NaN or infinite in {told}; the other tasks are saved.")
     found = {key: TaskResult(path) for key, path in paths.items() if path.is_file()}
     return found if len(found) == plan.tasks else None
 
@@ -126,8 +126,8 @@ def _solver(work: Synthesis, position: int) -> Solver:
 
 def _solve_batch(
     work: Synthesis, batch: TaskBatch, paths: list[Path], solver: Solver, advance: Callable[[float], None]
-) -> list[str]:
-    """Solves one batch of lanes and saves each lane's result; returns a sentence part for each lane that diverged."""
+) -> list[tuple[str, str]]:
+    """Solves one batch of lanes and saves each lane's result; (cause, where) of each lane that diverged, in words."""
     settings, device, name = work.settings, device_of(work.teachers), work.teachers[batch.teacher].name
     classes = torch.arange(batch.first_class, batch.last_class)
     losses: list[list[float]] = [[] for _ in batch.indices]
@@ -140,6 +140,7 @@ def _solve_batch(
             furthest[lane] = max(done, furthest[lane])
 
     failures: dict[int, int] = {}
+    causes: dict[int, str] = {}
     try:
         result = solver.solve(
             _start(work, batch, classes).to(device),
@@ -155,12 +156,13 @@ def _solve_batch(
             on_iteration,
         )
     except NonFiniteLossError as error:
-        result, failures = error.result, error.failures
+        result, failures, causes = error.result, error.failures, error.causes
     for lane, path in enumerate(paths):
         if lane not in failures:
             write_tensors(path, {"optimised": result[lane], "losses": torch.tensor(losses[lane])})
     return [
-        f"teacher {name}, index {batch.indices[lane]}, iteration {iteration}" for lane, iteration in failures.items()
+        (causes[lane], f"teacher {name}, index {batch.indices[lane]}, iteration {iteration}")
+        for lane, iteration in failures.items()
     ]
 
 

@@ -298,7 +298,9 @@ def test_a_diverging_lane_is_named_and_the_others_go_on(generator):
     expected = solve(network, base, settings=SETTINGS, views=views)
     broken = base.clone()
     broken[1, 0, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteLossError, match=r"lane 1 at iteration 0.*--lr") as caught:
+    with pytest.raises(
+        NonFiniteLossError, match=r"lane 1 at iteration 0 \(its images hold NaN or infinity\)"
+    ) as caught:
         solve(network, broken, settings=SETTINGS, views=views)
     assert caught.value.failures == {1: 0}
     assert torch.equal(caught.value.result[[0, 2]], expected[[0, 2]])
@@ -350,6 +352,21 @@ def test_arguments_that_do_not_fit_are_errors(generator):
         solve(nn.Flatten(), base, settings=SETTINGS)
     with pytest.raises(InferFastError, match="targets"):
         solve(network, base, settings=SETTINGS, targets=torch.arange(3))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_teacher_without_an_output_for_each_class_is_an_error(generator, steps):
+    """From the start, and for later tasks of a kept solver, whose loop asks nothing any more."""
+    network, base = teacher_and_base(generator, lanes=1)
+    settings = replace(SETTINGS, iterations=2, steps=steps)
+    few = build("convnet-silu", CLASSES - 1, (SIZE, SIZE), seed=1)
+    with pytest.raises(InferFastError, match="has 3 outputs, and the images' classes are 0 to 3"):
+        solve(few, base, settings=settings)
+    solver = Solver(network, settings=settings)
+    solver.solve(base)
+    with pytest.raises(InferFastError, match="has 4 outputs, and the images' classes are 0 to 7"):
+        solver.solve(base, targets=torch.tensor([0, 1, 2, 7]))
+    assert solver.solve(base, targets=torch.tensor([0, 0, 0, 0])).isfinite().all()
 
 
 CHANGED = {
