@@ -211,6 +211,16 @@ def test_bad_input_is_one_sentence_and_an_exit_code(run_module, call_module, sma
 
 
 @pytest.mark.slow
+def test_the_largest_seed_serves_everything_that_is_random(call_module, small_flags):
+    """Teachers, views, students one after another, labels of every crop."""
+    most = f"--seed={2**63 - 1}"
+    done = call_module("distill", *small_flags, most, "--seeds=2", "--student.labels", "static", "fkd", "--compare=all")
+    assert done.returncode == 0, done.stderr
+    beyond = call_module("distill", *small_flags, f"--seed={2**63}")
+    assert beyond.returncode == 2 and "--seed is 9223372036854775808" in beyond.stderr
+
+
+@pytest.mark.slow
 def test_debug_shows_the_traceback(run_module, small_flags):
     done = run_module("distill", *small_flags, "--data-path=nowhere", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr

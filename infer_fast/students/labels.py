@@ -99,7 +99,7 @@ def record_labels(
     per_epoch = -(-len(distilled) // settings.batch_size)
     with stage("relabel (FKD)", len(wanted), "epochs") as running:
         for epoch in wanted:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)  # what a generator takes
             draws = list(batches(resident, Sampling(settings.batch_size, per_epoch, augmentation, generator)))
             logits = [label(compose(*d)[0].contiguous(memory_format=torch.channels_last)).half() for d in draws]
             fkd.write_epoch(fkd.epoch_path(kept, epoch), draws, logits)

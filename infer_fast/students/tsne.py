@@ -56,7 +56,7 @@ def draw(networks: Mapping[str, nn.Module], dataset: ImageDataset, path: Path, s
     perplexity = min(PERPLEXITY, (len(positions) - 1) / 3)
     figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 5), squeeze=False)
     for axis, (name, network) in zip(axes[0], networks.items(), strict=True):
-        points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(
+        points = TSNE(perplexity=perplexity, random_state=seed % 2**32, init="pca").fit_transform(
             features(network, lambda p: images[p], count)
         )
         for c in shown:
