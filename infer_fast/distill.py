@@ -325,8 +325,9 @@ def _recipe(args: list[str]) -> tuple[str, Recipe, list[str]]:
         name = f"{canonical_name(given.dataset).removesuffix('-imagenet')}-infer-ipc10"
         name = name if name in RECIPES else "digits-infer"
         recipe = RECIPES[name]
-    if given.ipc_end is not None and given.ipc_end.isdigit() and given.ipc is None:
-        recipe = replace(recipe, ipc=max(recipe.ipc, int(given.ipc_end)))
+    last = given.ipc_end
+    if last is not None and last.isdecimal() and len(last) < 8 and given.ipc is None:  # longer: out of its range
+        recipe = replace(recipe, ipc=max(recipe.ipc, int(last)))
     return name, recipe, flags
 
 

@@ -220,6 +220,12 @@ def test_the_largest_seed_serves_everything_that_is_random(call_module, small_fl
     assert beyond.returncode == 2 and "--seed is 9223372036854775808" in beyond.stderr
 
 
+@pytest.mark.parametrize("last", ["9" * 12, "9" * 5000, "²", "0", "-3"])
+def test_a_last_task_that_is_no_number_in_range_is_bad_usage(call_module, last):
+    done = call_module("distill", f"--ipc-end={last}", "--dry-run")
+    assert done.returncode == 2 and "ipc-end" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_debug_shows_the_traceback(run_module, small_flags):
     done = run_module("distill", *small_flags, "--data-path=nowhere", "--debug")
