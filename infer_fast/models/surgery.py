@@ -21,6 +21,7 @@ from infer_fast.models.frozen import FrozenConv2d, FrozenLinear, freeze
 from infer_fast.models.fuse import Norm, fuse
 from infer_fast.models.matching import AsItRuns, Layer, MatchedBatchNorm, Pass
 from infer_fast.models.pool import freeze_pooling
+from infer_fast.models.weights import faulty
 from infer_fast.ops.bn_match import Statistics
 
 PROBED, TOLERANCE = 4, 1e-4  # images of noise, and what may lie between two ways in float32, of the largest logit
@@ -170,15 +171,15 @@ def _check(kind: str, layers: dict[str, nn.Module], skip_bn: tuple[int, ...]) ->
         raise InferFastError(
             f"{kind} has no BatchNorm2d, whose statistics are what images are matched to: choose another teacher."
         )
+    statistics: dict[str, torch.Tensor] = {}
     for position, (name, norm) in enumerate(layers.items()):
         mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
         if mean is None or variance is None:
             raise InferFastError(f"{kind}: BatchNorm2d layer {position} keeps no running statistics to match.")
-        if not mean.is_meta and not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
-            raise InferFastError(
-                f"{kind}: the running statistics of BatchNorm {name or position} are not finite, or its variance is "
-                "negative: the checkpoint is damaged."
-            )
+        statistics |= {f"{name}.running_mean".lstrip("."): mean, f"{name}.running_var".lstrip("."): variance}
+    fault = faulty({name: tensor for name, tensor in statistics.items() if not tensor.is_meta})
+    if fault is not None:
+        raise InferFastError(f"{kind}: {fault}, so no loss of it would be a number: load its weights again.")
     beyond = [p for p in skip_bn if not 0 <= p < len(layers)]
     if beyond:
         raise InferFastError(

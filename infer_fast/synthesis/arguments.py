@@ -18,8 +18,6 @@ FAR = 1e4  # normalised pixels are within about 10, whatever the dataset
 def check_teacher(teacher: nn.Module) -> None:
     """Raises InferFastError for what is no network in float32 with finite weights and statistics."""
     kind = type(teacher).__name__
-    if isinstance(teacher, torch.jit.ScriptModule):
-        raise InferFastError(f"{kind} is TorchScript, which can't be rewritten: give the nn.Module it was made of.")
     if not isinstance(teacher, nn.Module):
         raise InferFastError(f"solve takes a teacher that is a torch.nn.Module, not {kind}.")
     named = dict(chain(teacher.named_parameters(), teacher.named_buffers()))

@@ -309,8 +309,8 @@ REFUSED = {
     "no module holds it": (Hidden, "calls a BatchNorm whose running statistics none of its modules holds"),
     "by the batch": (ByTheBatch, "BatchNorm norm normalises by the batch in eval mode too"),
     "never called": (Unused, "calls none of its BatchNorm layers"),
-    "NaN mean": (poisoned("running_mean", float("nan")), "statistics of BatchNorm norm are not finite"),
-    "negative variance": (poisoned("running_var", -1.0), "or its variance is negative"),
+    "NaN mean": (poisoned("running_mean", float("nan")), "norm.running_mean holds NaN"),
+    "negative variance": (poisoned("running_var", -1.0), "norm.running_var holds a variance below 0"),
     "script": (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), "is TorchScript"),
     "no images": (lambda: nn.Sequential(nn.BatchNorm2d(5)), "does not take float32 images of 4x3x8x8"),
 }

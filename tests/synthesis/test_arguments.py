@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from infer_fast.errors import InferFastError
 from infer_fast.models import build
@@ -52,8 +51,6 @@ def test_teachers_of_another_precision_are_refused(dtype):
 
 
 def test_what_is_no_plain_module_is_refused():
-    with pytest.warns(FutureWarning), pytest.raises(InferFastError, match="is TorchScript"):
-        check_teacher(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()))
     with pytest.raises(InferFastError, match="a torch.nn.Module, not function"):
         check_teacher(lambda images: images)
 
