@@ -1,6 +1,6 @@
 """What the command-line modules share: recipe and flags, exit codes, one sentence instead of a traceback.
 
-Exit 0: done; 2: bad usage; 1: anything else.
+Exit 0: done; 2: bad usage; 130 or 143: told to stop, by an interrupt or SIGTERM; 1: anything else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tyro
 
 from infer_fast.errors import InferFastError, InferFastWarning, out_of_memory
 from infer_fast.ops.backend import native
+from infer_fast.process import exit_code, forgiving_streams, told_to_stop
 from infer_fast.ranges import flag
 from infer_fast.recipes import RECIPES
 from infer_fast.settings import Recipe
@@ -63,15 +64,32 @@ def device() -> torch.device:
 
 
 def run(job: Callable[[list[str]], None], args: list[str] | None = None) -> int:
-    """Runs `job(args)` and turns what it raises into an exit code and one sentence on standard error."""
+    """Runs `job(args)` and turns what it raises into an exit code and one sentence on standard error.
+
+    It can be told to stop at any moment, and goes on when nobody reads what it prints.
+    """
     args = sys.argv[1:] if args is None else args
+    try:
+        with forgiving_streams() as (output, _), told_to_stop():
+            code = _attempt(job, args)
+            output.flush()
+            if output.lost is not None and code == 0:
+                return _fail(f"All is done, but what was printed is lost: {output.lost.strerror}.", args)
+            return code
+    except KeyboardInterrupt as stopped:  # which can come while the streams are put back, too
+        return exit_code(stopped)
+
+
+def _attempt(job: Callable[[list[str]], None], args: list[str]) -> int:
+    """The exit code of `job(args)`, what it raised said."""
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
     if (backend := native()) is not None:
         backend.keep_freed_memory()
     try:
         job([a for a in args if a != "--debug"])
-    except KeyboardInterrupt:
-        return _fail("Stopped; what was finished is kept: run the same command again to go on.", args)
+    except KeyboardInterrupt as stopped:
+        _fail("Stopped; what was finished is kept: run the same command again to go on.", args)
+        return exit_code(stopped)
     except Exception as error:
         return _fail(_sentence(error), args)
     return 0
@@ -80,7 +98,7 @@ def run(job: Callable[[list[str]], None], args: list[str] | None = None) -> int:
 def _show_warning(show: Callable, message: Warning | str, category: type[Warning], *rest: object) -> None:
     """Our own warnings are one line, like our errors; others look as they always do."""
     if issubclass(category, InferFastWarning):
-        print(f"infer_fast: {message}", file=sys.stderr)
+        print(f"infer_fast: {_one_line(str(message))}", file=sys.stderr)
     else:
         show(message, category, *rest)
 
@@ -88,8 +106,13 @@ def _show_warning(show: Callable, message: Warning | str, category: type[Warning
 def _fail(sentence: str, args: list[str]) -> int:
     if "--debug" in args:
         traceback.print_exc()
-    print(f"infer_fast: {sentence}", file=sys.stderr)
+    print(f"infer_fast: {_one_line(sentence)}", file=sys.stderr)
     return 1
+
+
+def _one_line(text: str) -> str:
+    """Without what a terminal would obey, such as a name in a file of somebody else can have."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _sentence(error: Exception) -> str:

@@ -25,7 +25,6 @@ def out_of_memory(_):
         (fail(InferFastError("Do this.")), "infer_fast: Do this."),
         (fail(MemoryError()), "Not enough memory"),
         (out_of_memory, "Not enough memory"),
-        (fail(KeyboardInterrupt()), "run the same command again"),
         (fail(PermissionError(13, "Permission denied", "/x")), "Permission denied (/x)"),
         (fail(ZeroDivisionError("why")), "Unexpected ZeroDivisionError: why"),
     ],
@@ -35,6 +34,13 @@ def test_errors_are_one_sentence_and_exit_1(capsys, job, words):
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert cli.run(job, ["--debug"]) == 1 and "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_sentence_and_exit_130(capsys):
+    assert cli.run(fail(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr().err == (
+        "infer_fast: Stopped; what was finished is kept: run the same command again to go on.\n"
+    )
 
 
 def test_success_is_0_and_debug_is_not_passed_on(capsys):
