@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,8 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from infer_fast.errors import DiskError, InferFastError
+from infer_fast.errors import DiskError, InferFastError, first_line
 
+TEMPORARY = ".tmp"
+LARGEST = 2**64  # of whole numbers: seeds have 64 bits
+SWEPT: set[Path] = set()  # folders that this process has swept
 Kind = TypeVar("Kind")
 KINDS = {
     bool: "true or false", dict: "an object", float: "a number", int: "a whole number", list: "a list", str: "a text"
@@ -27,44 +34,130 @@ KINDS = {
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and renames the temporary file to `path` once its bytes are on the disk.
 
-    Raises DiskError if the disk is full or the folder is not writable; an older file at `path` then stays as it was.
+    The file's permissions are those that the umask leaves. Raises DiskError if the disk is full or the folder is not
+    writable; an older file at `path` then stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _sweep_once(path.parent)
+        with _desk(path) as desk:
+            temporary = desk / path.name
+            write(temporary)
+            temporary.chmod(desk.stat().st_mode & 0o666)  # some libraries write for the owner alone
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise DiskError(_disk_sentence(path, error)) from error
 
 
+@contextlib.contextmanager
+def _desk(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` to write it in, locked while somebody is at it; gone whatever ends the block.
+
+    A folder, because libraries have temporary files of their own beside the one that they write.
+    """
+    desk = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    _remove(desk)  # of a killed process that had this number
+    desk.mkdir()
+    with open_folder(desk) as held:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield desk
+        finally:
+            _remove(desk)
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    """A descriptor of a folder, to be locked: the lock ends with its process, however that ends."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield held
+    finally:
+        os.close(held)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed runs were writing in `folder` and below it; what live runs write is locked."""
+    for left in folder.rglob(f".*{TEMPORARY}"):
+        _remove_unlocked(left)
+
+
+def _sweep_once(folder: Path) -> None:
+    if folder not in SWEPT:
+        SWEPT.add(folder)
+        for left in folder.glob(f".*{TEMPORARY}"):
+            _remove_unlocked(left)
+
+
+def _remove_unlocked(left: Path) -> None:
+    """Removes a desk, or the single file that it was in former versions, unless somebody holds its lock."""
+    with contextlib.suppress(OSError):  # gone by now, held, another's, or of a file system without locks
+        if left.is_dir():
+            with open_folder(left) as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left)
+        else:
+            _remove(left)
+
+
+def _remove(left: Path) -> None:
+    if left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file atomically."""
+    """Writes a file atomically; one that holds just these bytes is left as it is, so that it may be read-only."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == len(data) and path.read_bytes() == data:
+            return
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Writes a UTF-8 text file as write_bytes does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, as write_bytes does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], card: dict | None = None) -> None:
+def write_tensors(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    card: dict | None = None,
+    announce: Callable[[str], object] = lambda _: None,
+) -> None:
     """Writes a safetensors file atomically; the same tensors and card always give the same bytes.
 
     `card` travels in the header as one JSON string under the key "card" (one key: safetensors does not fix the order
-    of several).
+    of several). A file that holds just these is left as it is. announce: told the new file's SHA-256 before it takes
+    its place.
     """
     stored, metadata = _stored(tensors, card)
-    write_atomically(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+
+    def write(temporary: Path) -> None:
+        save_file(stored, temporary, metadata=metadata)
+        announce(file_hash(temporary))
+
+    if not _holds(path, stored, metadata):
+        write_atomically(path, write)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def stored_bytes(tensors: dict[str, torch.Tensor], card: dict | None = None) -> int:
@@ -78,6 +171,25 @@ def _stored(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
     metadata = None if card is None else {"card": json.dumps(card, sort_keys=True)}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata
+
+
+def _holds(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> bool:
+    """Whether a file has these tensors, bit by bit, and this header; one tensor is in memory at a time."""
+    try:
+        with _opened(path) as file:
+            return (
+                (file.metadata() or None) == metadata
+                and set(file.keys()) == set(tensors)
+                and all(_same_bits(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+            )
+    except InferFastError:  # it is missing or damaged
+        return False
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -101,7 +213,7 @@ def _opened(path: Path) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise InferFastError(f"{path} is damaged and can't be read ({error}): delete it and make it again.") from error
+        raise InferFastError(f"{path} is damaged and can't be read ({first_line(error)}).") from error
 
 
 def read_json(path: Path) -> dict:
@@ -110,8 +222,8 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InferFastError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise InferFastError(f"{path} is damaged and can't be read ({error}).") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InferFastError(f"{path} is damaged and can't be read ({first_line(error)}).") from error
     if not isinstance(value, dict):
         raise InferFastError(f"{path} is damaged: a JSON object was expected, a {type(value).__name__} was found.")
     return value
@@ -145,10 +257,11 @@ def _as(kind: Any, value: Any, file: str, place: str) -> Any:
             raise InferFastError(f"{file}: {place} has {len(values)} values, expected {len(kinds)}.")
         return tuple(_as(k, v, file, f"{place}[{i}]") for i, (k, v) in enumerate(zip(kinds, values, strict=True)))
     if get_origin(kind) is dict:
-        return {k: _as(parts[1], v, file, _inside(place, k)) for k, v in _expect(dict, value, file, place).items()}
+        own = _expect(dict, value, file, place)
+        return {_as(parts[0], k, file, place): _as(parts[1], v, file, _inside(place, k)) for k, v in own.items()}
     if get_origin(kind) is Literal:
         if value not in parts:
-            raise InferFastError(f"{file}: {place} is {value!r}, expected one of {', '.join(map(str, parts))}.")
+            raise InferFastError(f"{file}: {place} is {value!r:.60}, expected one of {', '.join(map(str, parts))}.")
         return value
     return _expect(kind, value, file, place)
 
@@ -157,7 +270,19 @@ def _expect(kind: type, value: Any, file: str, place: str) -> Any:
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise InferFastError(f"{file}: {place or 'it'} is {value!r:.60}, expected {KINDS[kind]}.")
+    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= LARGEST):
+        raise InferFastError(f"{file}: {place} is {value!r:.60}, expected a finite number.")
+    if isinstance(value, str) and not _encodes(value):
+        raise InferFastError(f"{file}: {place} is {value!r:.60}, which is no text that can be written as UTF-8.")
     return value
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return False
+    return True
 
 
 def _inside(place: str, name: str) -> str:

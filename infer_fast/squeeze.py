@@ -26,8 +26,9 @@ from infer_fast.data.loader import feed
 from infer_fast.data.sets import training_set
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
+from infer_fast.files import file_hash
 from infer_fast.models import build
-from infer_fast.models.checkpoint import file_hash, load_checkpoint, load_pretrained
+from infer_fast.models.checkpoint import load_checkpoint, load_pretrained
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher, load_teacher, save_teacher
 from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict

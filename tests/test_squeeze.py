@@ -7,9 +7,8 @@ import torch
 
 from infer_fast.data.images import Split
 from infer_fast.errors import InferFastError
-from infer_fast.files import write_tensors
+from infer_fast.files import file_hash, write_tensors
 from infer_fast.models import build
-from infer_fast.models.checkpoint import file_hash
 from infer_fast.models.teacher import load_teacher, save_teacher
 from infer_fast.models.weights import faulty
 from infer_fast.settings import SqueezeSettings

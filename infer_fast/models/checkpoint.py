@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from infer_fast.errors import InferFastError, first_line
 from infer_fast.extras import PIP, installed
+from infer_fast.files import file_hash
 from infer_fast.models.state_dicts import ACCURACIES, COUNTERS, State, differences, find_state, listed
 from infer_fast.models.weight_files import read_file
 from infer_fast.models.weights import faulty
@@ -152,16 +152,3 @@ def _shown(value: Any) -> str | None:
     if isinstance(value, float):
         return f"{value:.6g}"
     return str(value) if isinstance(value, (int, str)) else None
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError
-from infer_fast.files import read_tensors, write_tensors
+from infer_fast.files import file_hash, read_tensors, write_tensors
 from infer_fast.models.build import build
-from infer_fast.models.checkpoint import file_hash
 from infer_fast.models.weights import faulty
 
 
