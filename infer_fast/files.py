@@ -212,7 +212,7 @@ def _opened(path: Path) -> Iterator:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InferFastError(f"{path} is damaged and can't be read ({first_line(error)}).") from error
 
 

@@ -128,7 +128,8 @@ class Card:
     """What a distilled set is and how it was made: all that is needed to judge it again, or to make it again.
 
     k: base images per class; seconds: of each stage; table: the students' table as it was printed (None: not validated
-    yet), and results, its rows; pixels: SHA-256 of the decoded base images of a coded set.
+    yet), and results, its rows; pixels: SHA-256 of the decoded base images of a coded set; sha256: of
+    distilled.safetensors (none: of a set from before it was kept; two, the older first, while labels are renewed).
     """
 
     recipe_name: str
@@ -146,6 +147,7 @@ class Card:
     table: str | None = None
     results: tuple[Row, ...] = ()
     pixels: str | None = field(default=None, metadata=ADDED_LATER)
+    sha256: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
 
     def write(self, folder: Path) -> None:
         """Writes card.json atomically. Raises DiskError when the disk is full or the folder not writable."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image, features
 
 from infer_fast.errors import InferFastError
 
+MOST_PIXELS = 2**15  # of an image's side: larger ones are no images to train on, and numbers of batches are 16 bits
 SIDE = 4096  # pixels of a mosaic's longer side, at most: WebP ends at 16,383, and memory is taken mosaic by mosaic
 LOSSLESS = 100  # the quality of WebP that stands for its lossless form
 AVIF_SPEED = 6  # of 0 (slow, small) to 10
@@ -113,23 +115,35 @@ def decode(coded: Coded) -> torch.Tensor:
 
 
 def _decoded(coded: Coded) -> torch.Tensor:
-    height, width = coded.size
-    count = math.prod(coded.shape)
+    count, (height, width) = _count(coded), coded.size
     if coded.codec.name == "raw":
         flat = coded.parts[0]
     else:
         per_mosaic = _per_mosaic(height, width)
+        if -(-count // per_mosaic) != len(coded.parts):
+            raise InferFastError(
+                f"{count} images take {-(-count // per_mosaic)} mosaics, and there are {len(coded.parts)}."
+            )
         counts = [min(per_mosaic, count - first) for first in range(0, count, per_mosaic)]
-        if len(counts) != len(coded.parts):
-            raise InferFastError(f"{count} images take {len(counts)} mosaics, and there are {len(coded.parts)}.")
         mosaics = [
-            _images(_pixels(part, position, coded), own, coded)
+            _images(_pixels(part, position, own, coded), own, coded)
             for position, (part, own) in enumerate(zip(coded.parts, counts, strict=True))
         ]
         flat = torch.cat(mosaics)
-    if tuple(flat.shape) != (count, coded.channels, height, width):
+    if tuple(flat.shape) != (count, coded.channels, height, width) or flat.dtype != torch.uint8:
         raise InferFastError(f"The images are {tuple(flat.shape)}, not {(count, coded.channels, height, width)}.")
     return flat.expand(-1, 3, -1, -1).reshape(*coded.shape, 3, height, width).contiguous()
+
+
+def _count(coded: Coded) -> int:
+    """How many images there are. Raises InferFastError for sizes that can't be, or that no memory here would hold."""
+    count, sizes = math.prod(coded.shape), (*coded.shape, *coded.size)
+    if min(sizes) < 1 or max(coded.size) > MOST_PIXELS or coded.channels not in (1, 3) or not coded.parts:
+        raise InferFastError(f"Images of {coded.size[1]}x{coded.size[0]} in {coded.shape} rows can't be.")
+    weight, memory = 3 * count * coded.size[0] * coded.size[1], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if weight > memory:
+        raise InferFastError(f"Decoded, the images take {weight:,} bytes, and this machine has {memory:,}.")
+    return count
 
 
 def _per_mosaic(height: int, width: int) -> int:
@@ -152,14 +166,17 @@ def _mosaic(images: torch.Tensor) -> np.ndarray:
     return grid.reshape(rows * height, columns * width, channels).numpy()
 
 
-def _images(mosaic: np.ndarray, count: int, coded: Coded) -> torch.Tensor:
-    """The first `count` images of a mosaic, uint8 (count, channels, H, W). Raises InferFastError for another size."""
+def _shape(count: int, coded: Coded) -> tuple[int, int, int]:
+    """A mosaic of `count` images: (height, width, channels)."""
     height, width = coded.size
     columns = _columns(count, height, width)
-    rows = -(-count // columns)
-    expected = (rows * height, columns * width, coded.channels)
-    if mosaic.shape != expected:
-        raise InferFastError(f"A mosaic is {mosaic.shape}, not {expected}.")
+    return -(-count // columns) * height, columns * width, coded.channels
+
+
+def _images(mosaic: np.ndarray, count: int, coded: Coded) -> torch.Tensor:
+    """The first `count` images of a mosaic, uint8 (count, channels, H, W)."""
+    height, width = coded.size
+    rows, columns = mosaic.shape[0] // height, mosaic.shape[1] // width
     grid = torch.from_numpy(mosaic).view(rows, height, columns, width, coded.channels).permute(0, 2, 4, 1, 3)
     return grid.reshape(rows * columns, coded.channels, height, width)[:count]
 
@@ -176,14 +193,18 @@ def _file(mosaic: np.ndarray, codec: Codec) -> torch.Tensor:
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
-def _pixels(part: torch.Tensor, position: int, coded: Coded) -> np.ndarray:
-    """A mosaic, uint8 (height, width, channels)."""
+def _pixels(part: torch.Tensor, position: int, count: int, coded: Coded) -> np.ndarray:
+    """A mosaic of `count` images, uint8 (height, width, channels): of another size, it is refused and not decoded."""
+    expected = _shape(count, coded)
     try:
         with Image.open(io.BytesIO(part.numpy().tobytes()), formats=[coded.codec.name.upper()]) as image:
-            pixels = np.array(image.convert("L" if coded.channels == 1 else "RGB"))
+            found = (image.height, image.width, coded.channels)
+            pixels = np.array(image.convert("L" if coded.channels == 1 else "RGB")) if found == expected else None
     except Exception as error:  # Pillow raises whatever its decoders do
         raise InferFastError(f"Mosaic {position} is damaged: it does not decode as {coded.codec.name}.") from error
-    return pixels.reshape(*pixels.shape[:2], coded.channels)
+    if pixels is None:
+        raise InferFastError(f"Mosaic {position} is {found}, not {expected}.")
+    return pixels.reshape(expected)
 
 
 def _digest(images: torch.Tensor) -> str:

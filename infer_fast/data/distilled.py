@@ -18,8 +18,8 @@ from infer_fast.data.card import Card, read_card
 from infer_fast.data.codec import Coded, coded_from, decode
 from infer_fast.data.label_store import AS_FLOAT16, LabelStore, store_of, unpack
 from infer_fast.data.pixels import AS_STORED, Pixels
-from infer_fast.errors import InferFastError
-from infer_fast.files import read_tensors, stored_bytes, write_tensors
+from infer_fast.errors import InferFastError, first_line
+from infer_fast.files import file_hash, read_tensors, stored_bytes, write_tensors
 from infer_fast.ops import Quantised, compose, enlarged, enlarging
 
 TENSORS = "distilled.safetensors"
@@ -165,6 +165,18 @@ class DistilledSet(Dataset):
         write_tensors(path, *self._parts())
         return path
 
+    def publish(self, card: Card, folder: Path) -> Card:
+        """Writes the set and its card, which it returns with the file's hash; hashes that it has stay good until then.
+
+        The card goes first: whenever this is cut short, what a reader finds fits together, or it is told that it does
+        not. Raises DiskError when the disk is full or the folder not writable.
+        """
+        path = Path(folder) / TENSORS
+        write_tensors(path, *self._parts(), lambda new: replace(card, sha256=(*card.sha256, new)).write(folder))
+        published = replace(card, sha256=(file_hash(path),))
+        published.write(folder)
+        return published
+
     def _parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
         """The tensors of distilled.safetensors, and its header's card: how coded images and labels are to be read."""
         tensors, labels = self.label_store.pack(self.logits)
@@ -181,8 +193,8 @@ class DistilledSet(Dataset):
 def load(path: str | Path) -> DistilledSet:
     """Reads a distilled set from its folder (or from the distilled.safetensors in it).
 
-    Returns a torch Dataset of (instance, logits, class). Raises InferFastError when a file is missing or damaged, or
-    the parts don't fit together.
+    Returns a torch Dataset of (instance, logits, class). Raises InferFastError when a file is missing, damaged or
+    another than the card tells of, or the parts don't fit together; sizes are checked before anything is decoded.
     """
     path = Path(path)
     folder = path.parent if path.name == TENSORS else path
@@ -190,47 +202,70 @@ def load(path: str | Path) -> DistilledSet:
         raise InferFastError(f"{folder} holds no distilled set: {TENSORS} is not there.")
     tensors, stored = read_tensors(folder / TENSORS)
     card = read_card(folder)
-    try:
-        coded, labels = None, stored.get("labels", {})
-        if stored.get("images"):
-            parts = tuple(tensor for name, tensor in tensors.items() if name.startswith(MOSAIC))
-            coded = coded_from(stored["images"], parts)
-        there = COMPENSATORS[0] in tensors
-        base = decode(coded) if coded is not None else tensors["base" if there else "images"]
-        distilled = DistilledSet(
-            base=base,
-            stored_compensators=Quantised(*(tensors[name] for name in COMPENSATORS)) if there else None,
-            logits=unpack(tensors, labels),
-            pixels=card.dataset.pixels,
-            classes=card.dataset.classes,
-            card=card,
-            coded=coded,
-            label_store=store_of(labels, tensors),
+    if card.sha256 and file_hash(folder / TENSORS) not in card.sha256:
+        raise InferFastError(
+            f"{folder / TENSORS} is not the file that card.json tells of (its SHA-256 differs): run the command that "
+            "made the set again, or fetch both files anew."
         )
-        _check(distilled)
+    try:
+        distilled = read_set(tensors, stored, card)
     except InferFastError as error:
         raise InferFastError(f"{folder / TENSORS}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InferFastError(f"{folder} is no whole distilled set: {error} is missing.") from error
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise InferFastError(
+            f"{folder} is no whole distilled set: {first_line(error)} is missing or damaged."
+        ) from error
     return distilled
 
 
-def _check(distilled: DistilledSet) -> None:
-    """Raises InferFastError, without the file's name, where the parts of a set don't fit together."""
-    classes, k, *image = distilled.base.shape
-    expected = (classes, k, distilled.views_per_base, classes)
-    if tuple(distilled.logits.shape) != expected:
-        raise InferFastError(f"the logits are {tuple(distilled.logits.shape)}, the images call for {expected}.")
-    if len(distilled.classes) != classes:
-        raise InferFastError(f"the card names {len(distilled.classes)} classes, the images have {classes}.")
-    digest = None if distilled.coded is None else distilled.coded.digest
-    if distilled.made.pixels != digest:
+def read_set(tensors: dict[str, torch.Tensor], stored: dict[str, Any], card: Card) -> DistilledSet:
+    """The set of a file's tensors and header. Raises InferFastError, without the file's name, where they don't fit;
+    KeyError, TypeError, ValueError, OverflowError or AttributeError for a header that lacks a field, or has a strange
+    one."""
+    coded, labels = None, stored.get("labels", {})
+    if stored.get("images"):
+        coded = coded_from(stored["images"], tuple(t for name, t in tensors.items() if name.startswith(MOSAIC)))
+        if coded.shape[:1] != (len(card.dataset.classes),):
+            raise InferFastError(f"the card names {len(card.dataset.classes)} classes, the images have {coded.shape}.")
+    there = COMPENSATORS[0] in tensors
+    base = decode(coded) if coded is not None else tensors["base" if there else "images"]
+    compensators = Quantised(*(tensors[name] for name in COMPENSATORS)) if there else None
+    if card.pixels != (None if coded is None else coded.digest):
         raise InferFastError(f"the card is that of other base images than {TENSORS} has.")
-    if distilled.compensators is None:
-        return
-    _, n, *shape = distilled.compensators.values.shape
-    if shape != image or not 0 < n <= k:
+    _check_images(base, compensators, card)
+    views = 1 if compensators is None else 1 + len(compensators.values)
+    logits = unpack(tensors, labels, (*base.shape[:2], views, base.shape[0]))
+    return DistilledSet(
+        base, compensators, logits, card.dataset.pixels, card.dataset.classes, card, coded, store_of(labels, tensors)
+    )
+
+
+def _check_images(base: torch.Tensor, compensators: Quantised | None, card: Card) -> None:
+    """Raises InferFastError, without the file's name, where images, compensators and card don't fit together."""
+    if base.ndim != 5 or base.dtype != torch.uint8 or base.shape[2] != 3 or not base.numel():
         raise InferFastError(
-            f"the compensators are {tuple(distilled.compensators.values.shape)}, "
-            f"the base images {tuple(distilled.base.shape)}."
+            f"the images are {tuple(base.shape)} of {base.dtype}, expected (classes, k, 3, H, W) of torch.uint8."
         )
+    classes, k, *image = base.shape
+    if len(card.dataset.classes) != classes:
+        raise InferFastError(f"the card names {len(card.dataset.classes)} classes, the images have {classes}.")
+    if min(card.dataset.std) <= 0:
+        raise InferFastError(f"the card's standard deviations are {card.dataset.std}: they must be above 0.")
+    if compensators is None:
+        return
+    values, scale, offset = compensators
+    m, n, *shape = values.shape if values.ndim == 5 else (0, 0)
+    small = shape[:1] == [3] and shape[1:] != image[1:]
+    if (not small and shape != image) or not m or not 0 < n <= k or values.dtype != torch.uint8:
+        raise InferFastError(
+            f"the compensators are {tuple(values.shape)} of {values.dtype}, the base images {tuple(base.shape)}."
+        )
+    if small and (shape[1] != shape[2] or not 0 < shape[1] <= min(image[1:])):
+        raise InferFastError(
+            f"the compensators are of {shape[2]}x{shape[1]}, the base images of {image[2]}x{image[1]}."
+        )
+    for name, tensor in zip(COMPENSATORS[1:], (scale, offset), strict=True):
+        if tuple(tensor.shape) != (m, n, 3) or not tensor.is_floating_point():
+            raise InferFastError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, expected {(m, n, 3)} of float16.")
+        if not bool(tensor.isfinite().all()):
+            raise InferFastError(f"{name} holds NaN or infinite values: the set is damaged.")

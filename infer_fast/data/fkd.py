@@ -50,11 +50,13 @@ def write_epoch(path: Path, draws: list[Draw], logits: list[torch.Tensor]) -> No
 def read_epoch(path: Path, device: torch.device) -> Iterator[tuple]:
     """The batches of one epoch on `device`: a Draw's parts, then logits float32 (B, C).
 
-    Raises InferFastError for a missing or damaged file.
+    Raises InferFastError for a missing or damaged file, or labels that are not finite.
     """
     tensors, _ = read_tensors(path)
-    if not {"logits", "sizes", "positions"} <= set(tensors):
-        raise InferFastError(f"{path} holds no labels of an epoch: delete it and run relabel --fkd again.")
+    whole = {"logits", "sizes", "positions"} <= set(tensors)
+    if not whole or not bool(tensors["logits"].isfinite().all()):
+        what = "NaN or infinite labels" if whole else "no labels of an epoch"
+        raise InferFastError(f"{path} holds {what}: delete it and run relabel --fkd again.")
     sizes = tensors.pop("sizes").tolist()
     moved = {name: t.to(device, READ_AS.get(name, torch.int64)) for name, t in tensors.items() if name != "logits"}
     logits = tensors["logits"].to(device).float().split(sizes)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from infer_fast.errors import InferFastError
+
 STEPS = 255
 
 
@@ -75,24 +77,49 @@ AS_FLOAT16 = LabelStore()
 
 
 def store_of(how: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LabelStore:
-    """The store that pack's tensors and description came from."""
+    """The store that pack's tensors and description came from. Raises InferFastError for one that can't be."""
     top = tensors["logit_classes"].shape[-1] if how.get("how") == "top" else 0
     temperature, truth = (float(how.get(name, default)) for name, default in (("temperature", 1), ("truth", 0)))
+    if not (0 < temperature < math.inf and 0 <= truth < 1):
+        raise InferFastError(
+            f"the labels have a temperature of {temperature:g} and {truth:g} of the truth, which can't be."
+        )
     return LabelStore(how.get("how", "float16"), top, temperature, truth)
 
 
-def unpack(tensors: dict[str, torch.Tensor], how: dict[str, Any]) -> torch.Tensor:
-    """What pack gave, as float16 logits (..., C). Raises KeyError for what is missing."""
+def unpack(
+    tensors: dict[str, torch.Tensor], how: dict[str, Any], expected: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """What pack gave, as float16 logits (..., C); expected: their shape, where it is known.
+
+    Raises KeyError for what is missing, InferFastError for another shape, before room is made for it, or for values
+    that are not finite.
+    """
     values = tensors["logits"]
-    if "span" not in how:
-        return values.half()
-    low, high = how["span"]
-    restored = values.float() * ((high - low) / STEPS) + low
+    classes = how["classes"] if "classes" in how else values.shape[-1] if values.ndim else 0
+    if expected is not None and (*values.shape[:-1], classes) != expected:
+        raise InferFastError(f"the logits are {(*values.shape[:-1], classes)}, the images call for {expected}.")
+    restored = values
+    if "span" in how:
+        low, high = (float(value) for value in how["span"])
+        restored = values.float() * ((high - low) / STEPS) + low
     if "classes" in how:
-        top, rest = restored[..., :-1], restored[..., -1:]
-        spread = rest.expand(*rest.shape[:-1], how["classes"])
-        restored = spread.scatter(-1, tensors["logit_classes"].long(), top)
+        restored = _spread(restored, tensors["logit_classes"], classes)
+    if not bool(restored.half().isfinite().all()):
+        raise InferFastError("the logits hold NaN or infinite values: label the set again, or fetch it anew.")
     return restored.half()
+
+
+def _spread(rows: torch.Tensor, columns: torch.Tensor, classes: int) -> torch.Tensor:
+    """Rows (..., top + 1) of the largest logits and that of the rest, as (..., classes)."""
+    columns = columns.long() & 0xFFFF if columns.dtype == torch.int16 else columns.long()
+    if columns.shape != (*rows.shape[:-1], rows.shape[-1] - 1):
+        raise InferFastError(
+            f"logit_classes is {tuple(columns.shape)}, and does not fit logits of {tuple(rows.shape)}."
+        )
+    if not bool(((columns >= 0) & (columns < classes)).all()):
+        raise InferFastError(f"logit_classes names a class that there is not: {classes} classes are 0..{classes - 1}.")
+    return rows[..., -1:].expand(*rows.shape[:-1], classes).scatter(-1, columns, rows[..., :-1])
 
 
 def _quantised(values: torch.Tensor) -> tuple[torch.Tensor, tuple[float, float]]:

@@ -63,9 +63,9 @@ def test_damage_and_other_decoders_are_named(generator, monkeypatch):
         decode(replace(coded, codec=Codec("avif", 50)))
     with pytest.raises(InferFastError, match="other pixels"):
         decode(replace(coded, digest="0" * 64))
-    with pytest.raises(InferFastError, match="A mosaic is"):
+    with pytest.raises(InferFastError, match=r"Mosaic 0 is \(16, 16, 3\), not \(24, 24, 3\)"):
         decode(replace(coded, shape=(9,)))
-    with pytest.raises(InferFastError, match="0 mosaics, and there are 1|1 mosaics, and there are 2"):
+    with pytest.raises(InferFastError, match="1 mosaics, and there are 2"):
         decode(replace(coded, parts=(part, part)))
     monkeypatch.setattr(codec.features, "check", lambda name: False)
     with pytest.raises(InferFastError, match="has no WEBP"):
