@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -197,6 +197,15 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         return tensors, json.loads((file.metadata() or {}).get("card", "{}"))
+
+
+def holds_tensors(path: Path, names: Collection[str]) -> bool:
+    """Whether a file is there, has its full length, and has tensors of these names; what they hold is not looked at."""
+    try:
+        with _opened(path) as file:
+            return set(names) <= set(file.keys())
+    except InferFastError:
+        return False
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:

@@ -15,9 +15,13 @@ from pathlib import Path
 import torch
 
 from infer_fast import cli
-from infer_fast.data.distilled import DistilledSet, load
+from infer_fast.data.distilled import TENSORS, DistilledSet, load
+from infer_fast.errors import InferFastError
+from infer_fast.files import file_hash
 from infer_fast.models.teacher import Teacher, device_of, load_teacher
 from infer_fast.progress import stage
+from infer_fast.report import write_report
+from infer_fast.run_folder import at_work, clear_judgement, teacher_in_card
 from infer_fast.students.labels import averaged_logits, record_labels
 
 
@@ -41,7 +45,7 @@ def relabel(distilled: DistilledSet, teachers: Sequence[Teacher]) -> DistilledSe
 def teachers_of(distilled: DistilledSet, folder: Path) -> list[Teacher]:
     """The teachers named in the card of the distilled set in `folder`, on the stages' device."""
     teachers = [
-        load_teacher(t.name, folder / t.path, len(distilled.classes), distilled.size, t.sha256)
+        load_teacher(t.name, teacher_in_card(folder, t.path), len(distilled.classes), distilled.size, t.sha256)
         for t in distilled.made.teachers
     ]
     for teacher in teachers:
@@ -65,12 +69,20 @@ def _main(args: list[str]) -> None:
     options = cli.parse(
         RelabelOptions, RelabelOptions(), args, "python -m infer_fast.relabel", "Soft labels for a distilled set."
     )
+    if not options.syn_data_path.is_dir():
+        raise InferFastError(f"{options.syn_data_path} does not exist: name the folder of a distilled set.")
+    with at_work(options.syn_data_path):
+        _label(options)
+
+
+def _label(options: RelabelOptions) -> None:
     folder = options.syn_data_path
     distilled = load(folder)
     teachers = teachers_of(distilled, folder)
     if options.fkd:
         recipe = distilled.made.recipe
-        student = replace(recipe.student, epochs=options.epochs or recipe.student.epochs)
+        epochs = recipe.student.epochs if options.epochs is None else options.epochs
+        student = replace(recipe.student, epochs=epochs)
         kept = record_labels(distilled, teachers, student, folder, recipe.synthesis.seed)
         weight = sum(file.stat().st_size for file in kept.iterdir())
         print(
@@ -79,10 +91,12 @@ def _main(args: list[str]) -> None:
         )
         return
     relabelled = relabel(distilled, teachers)
-    relabelled.save(folder)
     changed = not torch.equal(relabelled.logits, distilled.logits)
-    if changed:
-        replace(distilled.made, results=()).write(folder)  # they were measured with the old labels
+    if changed:  # what was measured with the old labels is void
+        clear_judgement(folder)
+        card = replace(distilled.made, table=None, results=(), sha256=(file_hash(folder / TENSORS),))
+        relabelled.publish(card, folder)
+        write_report(folder)
     print(f"{len(relabelled)} instances labelled, {'labels changed' if changed else 'same labels as before'}.")
 
 

@@ -32,13 +32,24 @@ def test_real_images_get_the_same_kind_of_label(tiny_dataset):
     assert logits.shape == (24, 4) and torch.equal(logits, logits.half().float())
 
 
-def test_command_line_restores_labels(call_module, copied_run):
+def test_renewed_labels_void_what_was_measured_with_the_old_ones(call_module, copied_run, small_flags):
     folder = copied_run
+    table = (folder / "table.md").read_text()
     before = (folder / "distilled.safetensors").read_bytes()
     assert "same labels as before" in call_module("relabel").stdout
     assert (folder / "distilled.safetensors").read_bytes() == before
     distilled = infer_fast.load(folder)
     distilled.logits.zero_()
-    distilled.save(folder)
+    distilled.publish(distilled.made, folder)
+    for name in ("curve.json", "curve.png", "tsne.png"):
+        (folder / name).write_text("of the old labels")
     assert "labels changed" in call_module("relabel").stdout
     assert (folder / "distilled.safetensors").read_bytes() == before
+    card = infer_fast.load(folder).made  # whose hash fits
+    assert card.results == () and card.table is None
+    left = {path.name for path in folder.iterdir()}
+    assert not left & {"table.md", "results.json", "curve.json", "curve.png", "tsne.png"}
+    for page in ("README.md", "report.html"):
+        assert "Not validated yet" in (folder / page).read_text()
+    judged = call_module("distill", *small_flags)
+    assert judged.returncode == 0 and (folder / "table.md").read_text() == table

@@ -24,7 +24,7 @@ from infer_fast.models import build
 from infer_fast.models.teacher import Teacher
 from infer_fast.settings import StudentSettings
 from infer_fast.students import training as students
-from infer_fast.students.candidates import Evaluation, candidates
+from infer_fast.students.candidates import Evaluation, Store, candidates
 from infer_fast.students.labels import dynamic_labels, record_labels
 from infer_fast.students.results import table, verdict
 from infer_fast.validate import validate
@@ -83,12 +83,12 @@ def test_every_row_gets_the_same_updates(parts, monkeypatch):
 def test_seeds_and_networks_are_fixed_and_finished_students_are_not_trained_again(parts, tmp_path, monkeypatch):
     settings = replace(STUDENT, networks=("convnet", "convnet-silu"), epochs=3)
     arguments = {"compare": "random", "seeds": 2}
-    first = rows_of(parts, settings, store=tmp_path / "s.json", **arguments)
+    first = rows_of(parts, settings, store=Store(tmp_path), **arguments)
     assert first == rows_of(parts, settings, **arguments)
     assert [r.network for r in first] == ["convnet", "convnet", "convnet-silu", "convnet-silu"]
-    assert len(json.loads((tmp_path / "s.json").read_text())) == 8
+    assert len(list(tmp_path.iterdir())) == 8
     monkeypatch.setattr(students, "fit", None)
-    assert first == rows_of(parts, settings, store=tmp_path / "s.json", **arguments)
+    assert first == rows_of(parts, settings, store=Store(tmp_path), **arguments)
 
 
 def test_dynamic_labels_make_rows_of_their_own_with_fewer_epochs(parts):
@@ -224,11 +224,15 @@ def test_the_command_line_on_a_finished_run(tmp_path, run_module, copied_run):
         ("convnet-silu", "distilled", 2), ("convnet-silu", "random real", 2),
     ]  # fmt: skip
     card = json.loads((copied_run / "card.json").read_text())
-    (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
-    card["teachers"][1]["path"] = "../../damaged.safetensors"
-    (copied_run / "card.json").write_text(json.dumps(card))
-    broken = run_module("validate", "--syn-data-path", "runs/digits", "--compare=random")
-    assert broken.returncode == 1 and "damaged.safetensors is damaged" in broken.stderr
+    (copied_run / "damaged.safetensors").write_bytes(b"damaged")
+    for path, words in (
+        ("damaged.safetensors", "damaged.safetensors is damaged"),
+        ("../../damaged.safetensors", "names the teacher '../../damaged.safetensors', which is out of its folder"),
+    ):
+        card["teachers"][1]["path"] = path
+        (copied_run / "card.json").write_text(json.dumps(card))
+        broken = run_module("validate", "--syn-data-path", "runs/digits", "--compare=random")
+        assert broken.returncode == 1 and words in broken.stderr
     assert run_module("validate", "--syn-data-path", "nowhere").returncode == 1
 
 
@@ -245,11 +249,14 @@ def test_the_published_flags_of_validation(tmp_path, call_module, copied_run, mo
     assert rows()[0]["instances"] == 10 * 3 * 3
     assert rows("--ipc=2", "--M=1")[0]["instances"] == 10 * 1 * 2
     assert rows("--M=0")[0]["instances"] == 10 * 3
-    before = (tmp_path / "out" / "students.json").read_text()
+    kept = tmp_path / "out" / "students"
+    before = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
     rows("--M=0")
-    assert (tmp_path / "out" / "students.json").read_text() == before and len(json.loads(before)) == 3
-    rows("--M=0", "--no-resume")
-    assert len(json.loads((tmp_path / "out" / "students.json").read_text())) == 1
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before and len(before) == 3
+    for path in kept.iterdir():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "last": -1.0}))
+    assert rows("--M=0")[0]["last"] == [-1.0]
+    assert rows("--M=0", "--no-resume")[0]["last"] != [-1.0] and len(list(kept.iterdir())) == 3
 
     for c in range(10):  # a held-out set of black images: every student gets 1 class of 10 right
         (tmp_path / "val" / f"c{c}").mkdir(parents=True)
@@ -274,7 +281,7 @@ def test_the_published_flags_of_validation(tmp_path, call_module, copied_run, mo
 
     stored = call_module("relabel", "--fkd", "--epochs=2")
     assert stored.returncode == 0 and "2 epochs' labels are in runs/digits/fkd" in stored.stdout
-    (tmp_path / "out" / "students.json").unlink()
+    shutil.rmtree(kept)
     replayed = call_module(*shared, "--output-dir", "out", "--labels", "fkd")
     assert replayed.returncode == 0 and "relabel (FKD)" not in replayed.stderr
     assert "labels of every crop (FKD)" in replayed.stdout

@@ -32,13 +32,26 @@ LABELS = {  # what the table calls them
 
 
 @dataclass(frozen=True)
+class Store:
+    """A folder of finished students; resume: whether they are taken from it; keep: whether new ones go to it."""
+
+    folder: Path
+    resume: bool = True
+    keep: bool = True
+
+    def path(self, key: str) -> Path:
+        """The file of the student of that key."""
+        return self.folder / f"{key}.json"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A distilled set that students judge, and how.
 
     dataset: what it stands for, on the students' device; teachers: label the random real images (needed unless compare
     is none) and every batch where the labels ask for it; ipc: images per class of the budget, the number of random real
-    images; seeds: students per row, the first of them seeded by `seed`; store: a JSON file of finished students, read
-    and extended; labels_folder: where the labels of every crop are kept, made if they are not there; budget: bytes of a
+    images; seeds: students per row, the first of them seeded by `seed`; store: where finished students are kept (None:
+    nowhere); labels_folder: where the labels of every crop are kept, made if they are not there; budget: bytes of a
     whole file, which random real images fill too, raw and through the set's codec (None: ipc counts images alone).
     """
 
@@ -50,7 +63,7 @@ class Evaluation:
     compare: Compare = "random"
     seeds: int = 3
     seed: int = 0
-    store: Path | None = None
+    store: Store | None = None
     labels_folder: Path | None = None
     budget: int | None = None
 

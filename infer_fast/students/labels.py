@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +15,7 @@ from infer_fast.data.distilled import DistilledSet
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import resident_distilled
 from infer_fast.errors import InferFastError
+from infer_fast.keys import key_of, surroundings
 from infer_fast.models.execution import at_precision, choose_precision
 from infer_fast.models.fold import folded
 from infer_fast.models.layout import labelling_copy
@@ -111,9 +110,13 @@ def _labels_key(
     distilled: DistilledSet, teachers: Sequence[Teacher], settings: StudentSettings, how: Augmentation, seed: int
 ) -> str:
     """A hash of what stored labels depend on: those of other settings never mix with these."""
-    digest = hashlib.sha256()
-    for tensor in (distilled.base, *(distilled.compensators or ())):
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    parts = [[t.sha256 for t in teachers], asdict(how), settings.batch_size, settings.precision, seed]
-    digest.update(json.dumps(parts, sort_keys=True).encode())
-    return digest.hexdigest()[:12]
+    parts = {
+        "teachers": [t.sha256 for t in teachers],
+        "augmentation": asdict(how),
+        "batch size": settings.batch_size,
+        "precision": settings.precision,
+        "seed": seed,
+        "normalisation": distilled.pixels,
+        "surroundings": surroundings(device_of(teachers)),
+    }
+    return key_of(parts, [distilled.base, *(distilled.compensators or ())])[:12]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infer_fast.data.card import Row
+from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.extras import require
-from infer_fast.files import read_json, write_json, write_text
-from infer_fast.students.candidates import DISTILLED, LABELS, RANDOM_CODED, RANDOM_REAL, WHOLE
+from infer_fast.files import read_json_as, write_json, write_text
+from infer_fast.students.candidates import DISTILLED, LABELS, RANDOM_CODED, RANDOM_REAL, WHOLE, Store
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,29 @@ class Measured:
 
 
 class ResultStore:
-    """Finished students in one JSON file, so that an interrupted validation goes on where it stopped."""
+    """Finished students, each in a JSON file of its own: an interrupted validation goes on where it stopped, and two
+    at once lose nothing of each other's."""
 
-    def __init__(self, path: Path | None):
-        self.path = path
-        self.values: dict[str, dict] = read_json(path) if path is not None and path.is_file() else {}
+    def __init__(self, store: Store | None):
+        self.store = store
+        self.values: dict[str, Measured] = {}
 
     def get(self, key: str) -> Measured | None:
-        """The student of that key, or None."""
-        return Measured(**self.values[key]) if key in self.values else None
+        """The student of that key, or None; one whose file is damaged is trained again, which is said."""
+        if key not in self.values and self.store is not None and self.store.resume:
+            path = self.store.path(key)
+            try:
+                if path.is_file():
+                    self.values[key] = read_json_as(path, Measured)
+            except InferFastError as error:
+                warnings.warn(f"{error} The student is trained again.", InferFastWarning, 2)
+        return self.values.get(key)
 
     def put(self, key: str, value: Measured) -> None:
-        """Keeps a student, on the disk too if there is a path."""
-        self.values[key] = asdict(value)
-        if self.path is not None:
-            write_json(self.path, self.values)
+        """Keeps a student, on the disk too if the store keeps any."""
+        self.values[key] = value
+        if self.store is not None and self.store.keep:
+            write_json(self.store.path(key), asdict(value))
 
 
 def table(rows: Sequence[Row], whole_bytes: int) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict
 
 import torch
@@ -13,6 +11,7 @@ from infer_fast.data.augment import Sampling, augmentation_of
 from infer_fast.data.fkd import replay
 from infer_fast.data.loader import check_loader, choose_loader, feed
 from infer_fast.data.sets import FileSet, ResidentSet
+from infer_fast.keys import key_of, surroundings
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
 from infer_fast.models.train import Schedule, Training, accuracy, fit, hard_loss, predict, soft_loss
@@ -110,16 +109,27 @@ def schedule_of(settings: StudentSettings, updates: int, per_epoch: int) -> Sche
 def student_key(
     candidate: Candidate, source: ResidentSet | FileSet, evaluation: Evaluation, network: str, seed: int
 ) -> str:
-    """What a student's accuracy depends on, as a hash."""
-    digest = hashlib.sha256(evaluation.dataset.fingerprint.encode())
+    """All that a student's accuracy depends on, as a hash: what it learns from, how, and what it is measured on.
+
+    Of the settings, epochs count by what they make: updates, and how many of them are an epoch of the schedule.
+    """
+    settings, dataset, tensors = evaluation.settings, evaluation.dataset, []
     if isinstance(source, ResidentSet):  # else the dataset's fingerprint says it all
-        tensors = [source.base, source.base_index, source.compensator_index, source.targets]
-        for tensor in [*tensors, *(source.compensators or ())]:
-            if tensor is not None:
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-    settings = evaluation.settings
-    training = {k: v for k, v in asdict(settings).items() if k not in ("networks", "labels")}
-    training["loader"] = choose_loader(settings.loader, source)
-    digest.update(json.dumps([network, training, candidate.labels, seed], sort_keys=True).encode())
-    digest.update("".join(candidate.teachers).encode())
-    return digest.hexdigest()[:24]
+        tensors = [source.base, source.base_index, source.targets, source.compensator_index]
+        tensors += source.compensators or ()
+    training = {k: v for k, v in asdict(settings).items() if k not in ("networks", "labels", "epochs")}
+    parts = {
+        "network": network,
+        "training": training | {"loader": choose_loader(settings.loader, source)},
+        "updates": candidate.updates,
+        "updates per epoch": evaluation.updates_per_epoch,
+        "seed": seed,
+        "labels": candidate.labels,
+        "teachers": candidate.teachers,
+        "stored labels": None if candidate.replayed is None else candidate.replayed.name,
+        "classes": source.classes,
+        "normalisation": [source.pixels, dataset.pixels],
+        "dataset": dataset.fingerprint,
+        "surroundings": surroundings(dataset.device),
+    }
+    return key_of(parts, tensors)[:24]

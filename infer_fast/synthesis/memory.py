@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from infer_fast.files import read_json
+from infer_fast.errors import InferFastError
+from infer_fast.files import read_json_as
 from infer_fast.models.build import build
 from infer_fast.models.execution import at_precision, choose_precision
 from infer_fast.models.surgery import MatchedTeacher
@@ -108,33 +109,64 @@ class Demand:
         ]  # fmt: skip
 
 
-class Room(NamedTuple):
-    """Of each teacher: tasks side by side, and images of a task in one pass (None: all). Kept with the run, so that it
-    goes on as it began whatever the free memory is then; made_for: what it depends on."""
+@dataclass(frozen=True)
+class Kept:
+    """What room.json holds, so that a run goes on as it began whatever the free memory is then: the lanes and chunks
+    that were found, and what they were found for."""
 
-    lanes: list[int]
-    chunks: list[int | None]
+    lanes: tuple[int, ...]
+    chunks: tuple[int | None, ...]
     made_for: list
 
 
+class Room(NamedTuple):
+    """Of each teacher: tasks side by side, and images of a task in one pass (None: all). kept: what of it was found and
+    not asked for (None: nothing), to be kept with the run."""
+
+    lanes: list[int]
+    chunks: list[int | None]
+    kept: Kept | None
+
+
 def find_room(
-    demand: Demand, device: torch.device, kept: Path, lanes: int | None = None, chunk: int | None = None
+    demand: Demand, device: torch.device, folder: Path, lanes: int | None = None, chunk: int | None = None
 ) -> Room:
-    """The lanes and chunks of each teacher: as asked for, else as the run in `kept` began, else what fits now."""
-    names, made_for = demand.teachers, demand.on(device)
-    path = kept / ROOM
-    if lanes is not None:
-        found: list[tuple[int, int | None]] = [(lanes, None)] * len(names)
-    elif path.is_file() and (written := read_json(path))["made_for"] == made_for:
-        found = list(zip(written["lanes"], written["chunks"], strict=True))
-    else:
-        found = [_room_of(name, demand, device) for name in names]
-    chunks = [own for _, own in found]
+    """The lanes and chunks of each teacher: as asked for, else as the run in `folder` began, else what fits now.
+
+    Raises InferFastError for a damaged room.json.
+    """
+    count, kept = len(demand.teachers), None
+    side_by_side: list[int] = [0 if lanes is None else lanes] * count
+    chunks: list[int | None] = [None] * count
+    if lanes is None:
+        kept = _kept(folder / ROOM, demand, device) or _found(demand, device)
+        side_by_side, chunks = list(kept.lanes), list(kept.chunks)
     if chunk is not None:
-        chunks = [chunk] * len(names)
+        chunks = [chunk] * count
     elif demand.most is not None and demand.most < demand.images:
         chunks = [demand.most if own is None else min(own, demand.most) for own in chunks]
-    return Room([own for own, _ in found], chunks, made_for)
+    return Room(side_by_side, chunks, kept)
+
+
+def _kept(path: Path, demand: Demand, device: torch.device) -> Kept | None:
+    """What was found when the run began, if that was for the same demand."""
+    if not path.is_file():
+        return None
+    try:
+        kept = read_json_as(path, Kept)
+    except InferFastError as error:
+        raise InferFastError(f"{error} Delete {path}: what fits is then found anew.") from error
+    if kept.made_for != demand.on(device):
+        return None
+    if not len(kept.lanes) == len(kept.chunks) == len(demand.teachers) or min(kept.lanes) < 1:
+        raise InferFastError(f"{path} is damaged: delete it, and what fits is found anew.")
+    return kept
+
+
+def _found(demand: Demand, device: torch.device) -> Kept:
+    """What fits now."""
+    found = [_room_of(name, demand, device) for name in demand.teachers]
+    return Kept(tuple(own for own, _ in found), tuple(own for _, own in found), demand.on(device))
 
 
 def _room_of(name: str, demand: Demand, device: torch.device) -> tuple[int, int | None]:

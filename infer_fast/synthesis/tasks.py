@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ from infer_fast.data.budget import Base, Storage, unlabelled
 from infer_fast.data.distilled import DistilledSet, quantise
 from infer_fast.data.images import ImageDataset
 from infer_fast.errors import InferFastError
-from infer_fast.files import read_tensor, write_tensors
+from infer_fast.files import holds_tensors, read_tensor, write_tensors
+from infer_fast.keys import key_of, surroundings
 from infer_fast.models.build import SMALL_IMAGE
 from infer_fast.models.engine import release
 from infer_fast.models.execution import Execution
@@ -35,14 +37,28 @@ class TaskResult:
     path: Path
 
     @property
+    def whole(self) -> bool:
+        """Whether the file is there and not cut short: else the task is solved again."""
+        return holds_tensors(self.path, ("optimised", "losses"))
+
+    @property
     def optimised(self) -> torch.Tensor:
-        """What was optimised, float32: (3, H, W), or images (C', 3, H, W)."""
-        return read_tensor(self.path, "optimised")
+        """What was optimised, float32: (3, H, W), or images (C', 3, H, W). Raises InferFastError for NaN."""
+        return self._finite("optimised")
 
     @property
     def losses(self) -> list[float]:
-        """The losses along the way, every LOG_EVERY iterations."""
-        return read_tensor(self.path, "losses").tolist()
+        """The losses along the way, every LOG_EVERY iterations. Raises InferFastError for NaN."""
+        return self._finite("losses").tolist()
+
+    def _finite(self, name: str) -> torch.Tensor:
+        tensor = read_tensor(self.path, name)
+        if not bool(tensor.isfinite().all()):
+            raise InferFastError(
+                f"{self.path} holds NaN or infinite values: delete it and run the same command again, which makes it "
+                "anew."
+            )
+        return tensor
 
 
 Results = dict[tuple[int, int, int], TaskResult]  # of (teacher, index, first class)
@@ -52,8 +68,8 @@ Results = dict[tuple[int, int, int], TaskResult]  # of (teacher, index, first cl
 class Synthesis:
     """Everything that the results of a plan's tasks depend on.
 
-    base: on the CPU; execution: as the teachers' device resolves it; chunks: images of a task in
-    one pass, for each teacher (None: all), which results don't depend on.
+    base: on the CPU; execution: as the teachers' device resolves it; chunks: images of a task in one pass, for each
+    teacher (None: all), on which only the rounding depends, as on the lanes of a batch.
     """
 
     plan: Plan
@@ -63,23 +79,34 @@ class Synthesis:
     execution: Execution
     chunks: Sequence[int | None]
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """A hash of everything a task's result depends on: other settings never mix with these."""
+        """A hash of all that a task's result depends on, to the last bit: other settings never mix with these."""
+        together = [[b.teacher, b.indices, b.first_class, b.last_class] for b in self.plan.batches]
+        whole = {**self._parts, "batches": together, "chunks": self.chunks}
+        return key_of({**whole, "surroundings": surroundings(device_of(self.teachers))})[:12]
+
+    @cached_property
+    def former_key(self) -> str:
+        """The key up to version 0.1.0, which did not tell batches and chunks apart."""
+        return key_of(self._parts)[:12]
+
+    @property
+    def _parts(self) -> dict[str, Any]:
         how = self.execution
-        parts = {
+        return {
             "settings": asked(self.settings),
             "teachers": [t.sha256 for t in self.teachers],
             "base": hashlib.sha256(self.base.images.numpy().data).hexdigest(),
             "how": [how.precision, how.engine, how.backend, device_of(self.teachers).type],
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def path(self, folder: Path, batch: TaskBatch, index: int) -> Path:
-        """Where a task's result lies in a run's folder."""
+        """Where a task's result lies in a run's folder, or did for a version before the key had chunks."""
         part = f"-classes-{batch.first_class:04d}" if self.plan.optimise == "images" else ""
         name = f"{batch.teacher}-{self.plan.teachers[batch.teacher]}-{index:04d}{part}.safetensors"
-        return folder / "tasks" / self.key / name
+        path, former = (folder / "tasks" / key / name for key in (self.key, self.former_key))
+        return former if self.chunks[batch.teacher] is None and former.is_file() and not path.is_file() else path
 
 
 def synthesise(work: Synthesis, folder: Path, wanted: range) -> Results | None:
@@ -100,7 +127,7 @@ def synthesise(work: Synthesis, folder: Path, wanted: range) -> Results | None:
     with stage("synthesis", plan.tasks * plan.iterations, "task iterations") as running:
         for batch in plan.batches:
             own = [paths[batch.teacher, index, batch.first_class] for index in batch.indices]
-            if all(p.is_file() for p in own) or not any(index in wanted for index in batch.indices):
+            if all(TaskResult(path).whole for path in own) or not any(index in wanted for index in batch.indices):
                 running.advance(len(own) * plan.iterations)
                 continue
             if solver is None or solver.teacher is not work.teachers[batch.teacher].network:
@@ -112,7 +139,7 @@ def synthesise(work: Synthesis, folder: Path, wanted: range) -> Results | None:
     if failed:
         told = "; ".join(f"{', '.join(where)} ({cause})" for cause, where in failed.items())
         raise InferFastError(f"The loss became NaN or infinite in {told}; the other tasks are saved.")
-    found = {key: TaskResult(path) for key, path in paths.items() if path.is_file()}
+    found = {key: TaskResult(path) for key, path in paths.items() if TaskResult(path).whole}
     return found if len(found) == plan.tasks else None
 
 

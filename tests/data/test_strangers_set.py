@@ -1,7 +1,6 @@
 """A set that somebody else made: every reader says what is wrong with it, in a sentence, before it takes any room."""
 
 import json
-
 from dataclasses import asdict, replace
 from random import Random
 

@@ -1,10 +1,12 @@
 """What fits, and the lanes and chunks that follow from it."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from infer_fast.errors import InferFastError
 from infer_fast.files import write_json
 from infer_fast.models import build
 from infer_fast.synthesis import memory
@@ -53,9 +55,16 @@ def test_a_run_goes_on_in_the_room_it_began_with(tmp_path, monkeypatch):
     demand = memory.Demand(("convnet", "convnet-silu"), 4, 100, (8, 8), 10, "compensator", "auto")
     room = memory.find_room(demand, CPU, tmp_path)
     assert (room.lanes, room.chunks) == ([3, 1], [None, 20])
-    write_json(tmp_path / memory.ROOM, room._asdict())
+    write_json(tmp_path / memory.ROOM, asdict(room.kept))
     assert memory.find_room(demand, CPU, tmp_path) == room
     assert memory.find_room(demand, CPU, tmp_path, lanes=5).lanes == [5, 5]
     assert memory.find_room(demand, CPU, tmp_path, chunk=7).chunks == [7, 7]
     assert memory.find_room(replace(demand, most=50), CPU, tmp_path).chunks == [50, 20]
+    assert memory.find_room(demand, CPU, tmp_path, lanes=5).kept is None  # what is asked for is not what was found
+    assert memory.find_room(demand, CPU, tmp_path, chunk=7).kept == room.kept
     assert memory.find_room(replace(demand, precision="bfloat16"), CPU, tmp_path).lanes == [2, 2]
+    for damaged in ("{", '{"lanes": [0, 1]}', '{"lanes": [0, 1], "chunks": [null, 1], "made_for": %s}'):
+        made_for = json.dumps(room.kept.made_for)
+        (tmp_path / memory.ROOM).write_text(damaged.replace("%s", made_for))
+        with pytest.raises(InferFastError, match=r"room.json.* what fits is (then )?found anew"):
+            memory.find_room(demand, CPU, tmp_path)
