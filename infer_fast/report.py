@@ -6,7 +6,7 @@ python -m infer_fast.report --syn-data-path runs/digits      # preview.png, READ
 from __future__ import annotations
 
 import base64
-import html
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
-from infer_fast.files import write_atomically, write_text
+from infer_fast.files import write_bytes, write_text
+from infer_fast.markup import code, html_table, in_html, markdown, markdown_table
 from infer_fast.ops.compose import Quantised
 
 PREVIEW_CLASSES = 10
@@ -48,15 +49,17 @@ def write_preview(distilled: DistilledSet, path: Path) -> None:
         pixels = distilled.pixels.to_bytes(distilled.instances(positions))
         for column in range(len(columns)):
             picture.paste(_tile(pixels[column], side), (90 + column * (side + GAP), top))
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
 
 
 def write_dataset_card(distilled: DistilledSet, path: Path) -> None:
     """The folder's README.md: a Hugging Face dataset card made from card.json."""
     card = distilled.made
-    size = card.bytes
+    size, version = card.bytes, markdown(card.versions.infer_fast)
     coded = "" if distilled.coded is None else f" The images are coded: {_coding(distilled)}."
-    teachers = "\n".join(f"- {t.name}: test accuracy {t.accuracy:.2f} %" for t in card.teachers)
+    teachers = "\n".join(f"- {markdown(t.name)}: test accuracy {t.accuracy:.2f} %" for t in card.teachers)
     write_text(
         path,
         f"""---
@@ -64,11 +67,11 @@ task_categories: [image-classification]
 tags: [dataset-distillation, infer_fast]
 ---
 
-# {card.dataset.name}, distilled
+# {markdown(card.dataset.name)}, distilled
 
 {len(distilled):,} training instances from {size.images:,} bytes of images ({size.ratio:.1f} times smaller than
 the {size.dataset:,} bytes of the training split) and {size.labels:,} bytes of soft labels. Made with infer_fast
-{card.versions.infer_fast}, recipe `{card.recipe_name}`, {distilled.base.shape[1]} base images per class.{coded}
+{version}, recipe {code(card.recipe_name)}, {distilled.base.shape[1]} base images per class.{coded}
 
 Teachers:
 
@@ -81,7 +84,7 @@ distilled = infer_fast.load("this folder")
 instance, logits, label = distilled[0]
 ```
 
-{card.table or "Not validated yet."}
+{markdown_table(card.table or "Not validated yet.")}
 """,
     )
 
@@ -91,16 +94,17 @@ def write_page(distilled: DistilledSet, folder: Path) -> None:
     card = distilled.made
     preview = base64.b64encode((folder / "preview.png").read_bytes()).decode()
     losses = "".join(
-        f"<tr><td>{html.escape(t.teacher)}</td><td>{t.index}</td><td>{t.first_loss:.3f}</td>"
-        f"<td>{t.last_loss:.3f}</td></tr>"
+        f"<tr><td>{in_html(t.teacher)}</td><td>{t.index}</td><td>{t.first_loss:.3f}</td><td>{t.last_loss:.3f}</td></tr>"
         for t in card.tasks
     )
-    title = f"{html.escape(card.dataset.name)}, distilled"
+    title = f"{in_html(card.dataset.name)}, distilled"
     coded = "" if distilled.coded is None else f" The images are coded: {_coding(distilled)}."
     write_text(
         folder / "report.html",
         f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
 <style>body{{font:15px sans-serif;max-width:70em;margin:2em auto}}td,th{{padding:.2em .8em;border-bottom:1px solid #ccc;
 text-align:left}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
 <h1>{title}</h1>
@@ -108,7 +112,7 @@ text-align:left}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
 {len(distilled):,} instances.{coded}</p>
 <img alt="base images, compensators and instances" src="data:image/png;base64,{preview}">
 <h2>Students</h2>
-{_html_table(card.table or "")}
+{html_table(card.table or "")}
 <h2>Tasks</h2>
 <table><tr><th>teacher</th><th>index</th><th>first loss</th><th>last loss</th></tr>{losses}</table>
 </html>
@@ -128,23 +132,12 @@ def _coding(distilled: DistilledSet) -> str:
     """How the images of a coded set are stored, and what the whole file weighs where that was counted."""
     coded, weight = distilled.coded, distilled.made.bytes
     assert coded is not None
-    how = "raw" if coded.codec.name == "raw" else f"{coded.codec.name} of quality {coded.codec.quality}"
+    how = "raw" if coded.codec.name == "raw" else f"{in_html(coded.codec.name)} of quality {coded.codec.quality}"
     colour = ", grey" if coded.channels == 1 else ""
     whole = (
         "" if weight.file is None else f"; the whole file has {weight.file:,} bytes of a budget of {weight.budget:,}"
     )
     return f"{how}{colour}{whole}"
-
-
-def _html_table(markdown: str) -> str:
-    lines = markdown.splitlines()
-    rows = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
-    if not rows:
-        return "<p>Not validated yet.</p>"
-    said = "".join(f"<p>{html.escape(line)}</p>" for line in lines if line and line[:1] != "|")
-    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
-    return f"<table><tr>{head}</tr>{body}</table>{said}"
 
 
 def _stretched(compensators: Quantised, teacher: int) -> torch.Tensor:
@@ -167,7 +160,8 @@ def _side(distilled: DistilledSet) -> int:
 
 def _short(text: str, pixels: int) -> str:
     letters = pixels // 6
-    return text if len(text) <= letters else text[: letters - 1] + "."
+    shown = "".join(c if c.isprintable() else " " for c in text[: letters + 1])
+    return shown if len(text) <= letters else shown[: letters - 1] + "."
 
 
 @dataclass(frozen=True)
