@@ -55,10 +55,10 @@ class MatchedTeacher(nn.Module):
             name: 0.0 if i in skip_bn else first_bn_multiplier if i == 0 else 1.0 for i, name in enumerate(layers)
         }
         self._plain = [plain]  # until it was compared; in a list it is no part of this module
-        self._forms = self._all_forms(plain)
+        self._forms = self._everyforms(plain)
         self.network, self._weights = next(self._forms)
 
-    def _all_forms(self, plain: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    def _everyforms(self, plain: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """The networks that may do what `plain` does, the fastest first; each with what shares its weights' memory."""
         network = in_layout(frozen_copy(plain), torch.channels_last)
         layers = {module: name for name, module in layers_of(network).items()}
@@ -101,11 +101,11 @@ class MatchedTeacher(nn.Module):
             raise InferFastError(f"{self.kind} can't be matched: {reasons[-1]}.")
         self._plain, self._forms = [], iter(())
         if isinstance(self.network, AsItRuns):
-            warnings.warn(
-                f"{self.kind} is matched as it runs, slower: {reasons[0] or 'its code cannot be rewritten'}.",
-                InferFastWarning,
-                stacklevel=2,
-            )
+            _say(f"{self.kind} is matched as it runs, slower: {reasons[0] or 'its code cannot be rewritten'}.")
+        unmet = [name for name in self._layer_weights if name not in expected.counts()]
+        if unmet:
+            share = f"{len(unmet)} of its {len(self._layer_weights)}"
+            _say(f"{self.kind} does not call {share} BatchNorms on images: {unmet[0]} is not matched.")
 
     def _difference(self, images: torch.Tensor, expected: Census) -> str | None:
         """In words, what is not the same with the network that is there now; None where all is."""
@@ -160,6 +160,10 @@ class MatchedTeacher(nn.Module):
         self.shared.begin(lanes, statistics_only=True)
         self.network(x.contiguous(memory_format=torch.channels_last))
         return self.shared.end()[1]
+
+
+def _say(sentence: str) -> None:
+    warnings.warn(sentence, InferFastWarning, stacklevel=3)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

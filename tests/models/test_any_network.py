@@ -334,6 +334,19 @@ def test_that_a_network_is_matched_as_it_runs_is_said_once(generator):
         matched(x)
 
 
+class Auxiliary(Dropped):
+    """Has a BatchNorm for training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.BatchNorm2d(3)
+
+
+def test_a_layer_that_is_not_called_is_named(generator):
+    with pytest.warns(InferFastWarning, match="does not call 1 of its 2 BatchNorms on images: other is not matched"):
+        MatchedTeacher(settled(Auxiliary(), generator))(torch.randn(4, 3, 8, 8, generator=generator))
+
+
 def test_a_copy_of_a_compiled_network_is_of_what_was_compiled(generator):
     network = settled(Dropped(), generator)
     x = torch.randn(2, 3, 8, 8, generator=generator)
