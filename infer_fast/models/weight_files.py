@@ -23,6 +23,7 @@ from safetensors import safe_open
 from infer_fast.errors import InferFastError, InferFastWarning, first_line, out_of_memory
 
 SAFETENSORS = ".safetensors"
+TORCH = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # a zip file, or as of old a pickle
 HEAD = 512  # bytes that tell what a file is
 OTHERS = (  # how files begin that are mistaken for checkpoints, in lower case; what they are, and what to do
     (b"<", "is a web page, not a checkpoint: download the file itself"),
@@ -71,7 +72,7 @@ def read_file(path: Path) -> tuple[object, dict[str, str]]:
     with path.open("rb") as file:
         head = file.read(HEAD)
     safe = _is_safetensors(head, path.stat().st_size)
-    named, pickled = path.suffix == SAFETENSORS, head.startswith((b"PK\x03\x04", b"\x80"))
+    named, pickled = path.suffix == SAFETENSORS, head.startswith(TORCH)
     if safe != named and (safe or pickled):
         kind = "safetensors" if safe else "torch"
         warnings.warn(f"{path} is a {kind} file under another name: it is read as one.", InferFastWarning, stacklevel=2)

@@ -192,16 +192,20 @@ def with_statistics(settings: SynthesisSettings, pixels: Pixels) -> SynthesisSet
 
 
 def adjusted_teacher(
-    teacher: nn.Module, base: torch.Tensor, targets: torch.Tensor, settings: SynthesisSettings, views: Views
+    teacher: nn.Module,
+    base: torch.Tensor,
+    targets: torch.Tensor,
+    settings: SynthesisSettings,
+    views: Views,
+    classes: int = 1,
 ) -> nn.Module:
     """A copy of `teacher` with directed weight adjustment for one task (DWA, arXiv 2409.17612, algorithm 1).
 
     `settings.steps` times: g = grad_theta CE(f(view(X))), theta += (rho/steps) * g/||g||_2. base: (1, C, 3, H, W);
     step s takes the view of iteration s (modulo the iterations). The given teacher is not touched.
-    Raises InferFastError for a teacher without an output for each class of the targets.
+    classes: outputs that the targets need. Raises InferFastError for a teacher that has fewer.
     """
     copied = frozen_copy(teacher).requires_grad_(True)
-    classes = int(targets.max()) + 1
     params = list(copied.parameters())
     for step in range(settings.steps):
         position = torch.tensor([step % len(views.shift)], device=base.device)

@@ -17,7 +17,7 @@ from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops.adam import adam_
 from infer_fast.ranges import check, check_counts
 from infer_fast.settings import SynthesisSettings
-from infer_fast.synthesis.arguments import blame, check_targets, check_tasks, check_teacher
+from infer_fast.synthesis.arguments import blame, check_targets, check_tasks, check_teacher, check_values
 from infer_fast.synthesis.iteration import AdamState, iterate, start_state
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views
@@ -114,6 +114,8 @@ class Solver:
     ) -> torch.Tensor:
         """The tasks of `base`, in batches of at most self.lanes; see solve()."""
         settings = self.settings
+        if self._matched is None:
+            check_values(self.teacher)
         check_tasks(base, views, settings.iterations, self.device)
         count = len(base)
         targets = torch.arange(base.shape[1]) if targets is None else targets
@@ -190,7 +192,7 @@ class Solver:
         """The loop for these tasks, ready to step: the last one with its data replaced if it fits, else a new one."""
         teacher = self.teacher
         if self.settings.steps:
-            teacher = adjusted_teacher(teacher, base, targets, self.settings, views)
+            teacher = adjusted_teacher(teacher, base, targets, self.settings, views, self._classes)
         if self._matched is None:
             self._matched = self._match(teacher)
             self._matched.check(base[0])

@@ -9,7 +9,7 @@ from infer_fast.errors import InferFastError
 from infer_fast.models import build
 from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis import NonFiniteLossError, draw_views, solve
-from infer_fast.synthesis.arguments import blame, check_logits, check_targets, check_tasks, check_teacher
+from infer_fast.synthesis.arguments import blame, check_logits, check_targets, check_tasks, check_teacher, check_values
 from infer_fast.synthesis.problem import adjusted_teacher
 
 SETTINGS = SynthesisSettings(iterations=2, jitter=1)
@@ -39,7 +39,7 @@ def with_value(name, value, generator):
     ],
 )
 def test_weights_and_statistics_that_are_no_numbers_are_refused(generator, name, value, words):
-    check_teacher(network())
+    check_values(network())
     with pytest.raises(InferFastError, match=f"ConvNet: {words}"):
         solve(with_value(name, value, generator), torch.zeros(1, 4, 3, 8, 8), settings=SETTINGS)
 
@@ -104,7 +104,7 @@ def test_outputs_that_are_no_logits_are_refused(logits, words):
 def test_weights_are_not_adjusted_by_outputs_that_are_no_logits():
     views = draw_views(0, 0, [0], iterations=2, jitter=1)
     with pytest.raises(InferFastError, match="has 3 outputs"):
-        adjusted_teacher(network(3), torch.zeros(1, 4, 3, 8, 8), torch.arange(4), replace(SETTINGS, steps=1), views)
+        adjusted_teacher(network(3), torch.zeros(1, 4, 3, 8, 8), torch.arange(4), replace(SETTINGS, steps=1), views, 4)
 
 
 def test_the_cause_of_a_nan_is_looked_for_before_the_rate(generator):
