@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
-from PIL import Image
 
 from infer_fast.data.augment import Augmentation, Sampling
+from infer_fast.data.decode import open_rgb
 from infer_fast.data.pixels import AS_STORED
+from infer_fast.data.plain import for_every_decoder
 from infer_fast.data.resident import Composer, batches
 from infer_fast.data.sets import FileSet, ResidentSet, sent
-from infer_fast.errors import InferFastError
+from infer_fast.errors import InferFastError, first_line
 from infer_fast.extras import require
 from infer_fast.recipes import CROP_AREA, CROP_RATIO
 
@@ -75,8 +76,9 @@ def file_batches(
     device.
 
     RandomResizedCrop (area 0.08..1) and flip, shuffled by `generator` (the same on every rank). Shard (s, n) takes
-    every n-th image from s on. Grey and CMYK files become RGB. Raises InferFastError naming a file that can't be
-    decoded, or without DALI.
+    every n-th image from s on. Files of every kind are decoded as infer_fast.data.decode says: DALI decodes the plain
+    ones, and turns them upright too; Pillow the rest. Raises InferFastError naming a file that can't be decoded, or
+    without DALI.
     """
     size = source.split.size[0]
     order = torch.randperm(len(source), generator=generator)
@@ -122,9 +124,10 @@ def _decoded(
     waiting: deque[torch.Tensor] = deque()
 
     def encoded() -> Iterator[list[np.ndarray]]:
-        for positions in spans:
-            waiting.append(positions)
-            yield [np.fromfile(split.files[p], dtype=np.uint8) for p in positions.tolist()]
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for positions in spans:
+                waiting.append(positions)
+                yield list(pool.map(for_every_decoder, [split.files[p] for p in positions.tolist()]))
 
     def decode(fn: ModuleType, types: ModuleType, where: str):
         files = fn.external_source(source=encoded(), batch=True, dtype=types.UINT8, ndim=1)
@@ -136,11 +139,11 @@ def _decoded(
         for (images,) in _run(decode, len(spans[0]), device, seed, workers):
             yield images, sent(labels[waiting.popleft()], device)
     except RuntimeError as error:
-        read = [split.files[p] for positions in waiting for p in positions.tolist()]
-        broken = next((path for path in read if not _decodes(path)), None)
-        if broken is None:
-            raise
-        raise InferFastError(f"{broken} is no image that can be decoded: remove or replace it.") from error
+        for position in torch.cat(list(waiting)).tolist():
+            open_rgb(str(split.files[position]), split.files[position])  # says which, and why
+        raise InferFastError(
+            f"DALI can't decode a file that Pillow can ({first_line(error)}): choose the loader torch."
+        ) from error
 
 
 def _normalised(fn: ModuleType, types: ModuleType, images, mean: Sequence[float], std: Sequence[float], flip: bool):
@@ -175,15 +178,6 @@ def _tensor(output, device: torch.device) -> torch.Tensor:
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
     return tensor
-
-
-def _decodes(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.convert("RGB")
-    except Exception:  # every way in which a file can be broken
-        return False
-    return True
 
 
 def _dali() -> tuple[ModuleType, ModuleType, Callable]:

@@ -1,5 +1,7 @@
 """DALI's real pipelines on the CPU: resident sets, and folders of image files of every kind."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from infer_fast.data.pixels import AS_STORED, Pixels
 from infer_fast.data.sets import FileSet, resident_distilled, resident_split
 from infer_fast.errors import InferFastError
 
+from .kinds import write_kinds
 from .test_distilled import make
 from .test_loader import levels, made, resident
 
@@ -183,5 +186,72 @@ def test_shards_hold_every_image_once_between_them(folder):
 
 def test_a_corrupt_file_is_named(folder):
     (folder / "class1" / "0.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    with pytest.raises(InferFastError, match=r"class1/0\.jpg is no image"):
+    with pytest.raises(InferFastError, match=r"class1/0\.jpg does not decode"):
         read(folder)
+
+
+def test_dali_and_pillow_give_the_same_pixels_of_every_kind_of_file(tmp_path, generator):
+    paths = tuple(write_kinds(tmp_path, np.random.default_rng(generator.initial_seed())))
+    split = FileSplit(paths, torch.zeros(len(paths), dtype=torch.int64), (24, 24))
+    source = FileSet(split, 1, AS_STORED)
+    images = torch.cat([images for images, _ in centred_batches(source, batch_size=8)])
+    for path, dali, own in zip(paths, images, split.at(torch.arange(len(paths))), strict=True):
+        assert torch.equal((dali * 255).round().to(torch.uint8), own), path.name
+
+
+def test_turned_photographs_are_cropped_upright(tmp_path):
+    """Columns from black to white, lying on their side: DALI's crops of them are brighter to the right."""
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))).convert("RGB")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    ramp.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif)
+    ramp.save(tmp_path / "b.jpg")
+    split = FileSplit((tmp_path / "a.jpg", tmp_path / "b.jpg"), torch.arange(2), (16, 16))
+    generator = torch.Generator().manual_seed(0)
+    ((images, _),) = file_batches(FileSet(split, 2, AS_STORED), batch_size=2, flip=False, generator=generator)
+    assert (images.mean((1, 2))[:, -1] - images.mean((1, 2))[:, 0] > 0.15).all()
+    assert (images.mean((1, 3)).std(1) < 0.02).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("damage", ["half", "empty", "other", "float"])
+def test_both_loaders_refuse_a_file_by_the_same_sentence(folder, generator, training, damage):
+    odd = folder / "class1" / "0.jpg"
+    if damage == "float":
+        odd = odd.with_suffix(".tif")
+        Image.fromarray(np.full((20, 20), 7, np.float32)).save(odd)
+    else:
+        odd.write_bytes({"half": odd.read_bytes()[:-40], "empty": b"", "other": b"GIF89a"}[damage])
+    with pytest.raises(InferFastError) as ours:
+        pillows(folder)
+    with pytest.raises(InferFastError) as dalis:
+        read_for_training(folder, generator=generator) if training else read(folder)
+    assert str(ours.value) == str(dalis.value) and odd.name in str(dalis.value)
+
+
+def pillows(folder):
+    split = source_of(folder).split
+    return [split.at(torch.tensor([i])) for i in range(len(split))]
+
+
+def test_damaged_exif_data_turn_a_photograph_in_both_loaders_or_in_none(tmp_path, generator):
+    """Bytes of it replaced or missing, and twice in one file (on which DALI's own reading crashes)."""
+    rng = np.random.default_rng(generator.initial_seed())
+    picture = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x112], exif[0x110] = 6, "a camera"
+    whole, paths = exif.tobytes(), []
+    for i in range(120):
+        held = bytearray(whole)
+        for place in rng.integers(6, len(held), rng.integers(1, 6)):
+            held[place] = rng.integers(0, 256)
+        paths.append(tmp_path / f"{i}.jpg")
+        picture.save(paths[-1], exif=bytes(held[: rng.integers(6, len(held) + 1)] if i % 3 == 0 else held))
+    segment = b"\xff\xe1" + (2 + len(whole)).to_bytes(2, "big") + whole
+    data = paths[0].read_bytes()
+    paths[0].write_bytes(data[:2] + segment + segment + data[2:])
+    split = FileSplit(tuple(paths), torch.zeros(len(paths), dtype=torch.int64), (24, 24))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of damaged EXIF data
+        images = torch.cat([images for images, _ in centred_batches(FileSet(split, 1, AS_STORED), batch_size=40)])
+        assert torch.equal((images * 255).round().to(torch.uint8), split.at(torch.arange(len(split))))
