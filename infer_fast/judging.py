@@ -19,7 +19,7 @@ from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models.teacher import Teacher
 from infer_fast.recipes import IMAGENET_WEIGHTS, base_images_per_class
 from infer_fast.relabel import relabel, teachers_of
-from infer_fast.run_folder import STUDENTS, TEACHERS, check_name, place_in_card, writable
+from infer_fast.run_folder import DATASETS, STUDENTS, TEACHERS, check_name, place_in_card, writable
 from infer_fast.settings import Compare, Recipe, SqueezeSettings, StudentSettings
 from infer_fast.squeeze import Origin, squeeze
 from infer_fast.students.candidates import Evaluation, Store
@@ -104,6 +104,11 @@ def _evaluation(
     return Evaluation(distilled, dataset, teachers, options.student, ipc, options.compare, options.seeds, store=store)
 
 
+def _cache(kept: Path) -> Path | None:
+    """Where what was read of a dataset is remembered, if anything can be written there."""
+    return kept / DATASETS if writable(kept) else None
+
+
 def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
     folder = options.syn_data_path
     whole = load(folder)
@@ -118,7 +123,8 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
     image_size = options.image_size or data.image_size
     hold_out = data.held_out if options.val_dir is None else 0
     name = check_name("--dataset", options.dataset) if options.dataset else check_name("The card's dataset", data.name)
-    dataset = load_dataset(name, data_path, image_size=image_size, val_path=val_dir, hold_out=hold_out)
+    cache = _cache(folder.parent if options.output_dir is None else options.output_dir)
+    dataset = load_dataset(name, data_path, image_size=image_size, cache=cache, val_path=val_dir, hold_out=hold_out)
     check_image_size(dataset.name, dataset.size, image_size)
     if options.val_dir is None and dataset.fingerprint != data.fingerprint:
         raise InferFastError(f"{data.name} is not the dataset this set was distilled from (its fingerprint differs).")
@@ -183,7 +189,11 @@ def _images_of_others(options: ValidateOptions) -> Evaluation:
             "teachers that label them (--arch-name, and a checkpoint for each with --arch-path)."
         )
     name = check_name("--dataset", options.dataset)
-    dataset = load_dataset(name, options.data_path, image_size=options.image_size, val_path=options.val_dir)
+    kept = folder.parent if options.output_dir is None else options.output_dir
+    cache = _cache(kept)
+    dataset = load_dataset(
+        name, options.data_path, image_size=options.image_size, cache=cache, val_path=options.val_dir
+    )
     check_image_size(dataset.name, dataset.size, options.image_size)
     dataset = dataset.to(cli.device())
     each = None
@@ -197,7 +207,6 @@ def _images_of_others(options: ValidateOptions) -> Evaluation:
             f"{folder} holds images of {images.shape[-1]}x{images.shape[-2]}, {dataset.name} of "
             f"{dataset.size[1]}x{dataset.size[0]}: --image-size N brings both to NxN."
         )
-    kept = options.output_dir or folder.parent
     labellers = _given_teachers(options, dataset, kept)
     logits = torch.zeros(len(dataset.classes), images.shape[1], 1, len(dataset.classes), dtype=torch.float16)
     unlabelled = DistilledSet(images, None, logits, dataset.pixels, dataset.classes)

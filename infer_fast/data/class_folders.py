@@ -21,11 +21,15 @@ SOLUTION = "LOC_val_solution.csv"  # the classes of ImageNet's validation images
 
 
 class Reading(NamedTuple):
-    """How image files are read: brought to image_size (None: as they are) with a margin; on_disk: never all decoded."""
+    """How image files are read: brought to image_size (None: as they are) with a margin; on_disk: never all decoded.
+
+    known: where the hashes of files that stay on the disk are kept (None: nowhere).
+    """
 
     image_size: int | None = None
     margin: float = 1.0
     on_disk: bool = False
+    known: Path | None = None
 
 
 def read_image_folder(path: Path, reading: Reading) -> tuple[Split | FileSplit, Split | FileSplit, tuple[str, ...]]:
@@ -108,7 +112,7 @@ def _split(files: list[Path], labels: list[int], reading: Reading, *, keep: bool
             f"{len(files)} images of {width}x{height} stay on the disk, and are brought to squares then: give "
             "--image-size N."
         )
-    split = FileSplit(tuple(files), torch.tensor(labels), (height, width), reading.margin)
+    split = FileSplit(tuple(files), torch.tensor(labels), (height, width), reading.margin, known=reading.known)
     return replace(split, keep=keep and split.nbytes <= most_resident())
 
 

@@ -13,6 +13,7 @@ import torch
 
 from infer_fast.data.decode import decode_all
 from infer_fast.data.pixels import Pixels
+from infer_fast.data.survey import content_hashes
 from infer_fast.errors import InferFastError
 from infer_fast.files import read_json, write_json
 
@@ -60,7 +61,7 @@ class FileSplit:
     """Image files that stay on the disk, and labels int64 (N,): the same face as Split, decoded when asked for.
 
     size: (H, W) that every file is brought to, H = W; margin: see infer_fast.data.decode.decode; keep: whether what was
-    decoded once stays in memory.
+    decoded once stays in memory; known: where the files' hashes are kept (infer_fast.data.survey; None: nowhere).
     """
 
     files: tuple[Path, ...]
@@ -68,6 +69,7 @@ class FileSplit:
     size: tuple[int, int]
     margin: float = 1.0
     keep: bool = False
+    known: Path | None = None
     _kept: list[torch.Tensor] = field(default_factory=list, repr=False)  # the images, and which are there
 
     def __len__(self) -> int:
@@ -142,14 +144,15 @@ class ImageDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all images (of files, names and sizes) and labels: what caches and cards know the dataset by."""
+        """SHA-256 over all images (of files, their content) and labels: what caches and cards know the dataset by."""
         return _fingerprint(self.train, self.test)
 
     def to(self, device: torch.device) -> ImageDataset:
         """The same dataset with its tensors on `device`."""
-        train, test = self.train.to(device), self.test.to(device)
-        result = ImageDataset(self.name, train, test, self.classes, self.pixels)
-        result.__dict__["fingerprint"] = self.fingerprint
+        result = replace(self, train=self.train.to(device), test=self.test.to(device))
+        on_disk = isinstance(self.train, FileSplit) or isinstance(self.test, FileSplit)
+        if not on_disk or "fingerprint" in self.__dict__:  # files are read for it only when it is asked for
+            result.__dict__["fingerprint"] = self.fingerprint
         return result
 
 
@@ -165,7 +168,8 @@ def image_dataset(
 
     Grey images (N, 1, H, W) are repeated to 3 channels; 28x28 is padded to 32x32 with black, as the field does.
     pixels: mean and deviation where they are known; else those of the training images (of files on the disk, of
-    10,000 drawn from them). cache: a folder where they are kept under the dataset's fingerprint, computed once.
+    10,000 drawn from them). cache: a folder where they are kept under the dataset's fingerprint, computed once: files
+    on the disk are then read before anything else is done with them.
     Raises InferFastError for an empty split, mixed sizes between the splits, or a label out of range.
     """
     for split, which in ((train, "training"), (test, "test")):
@@ -176,14 +180,14 @@ def image_dataset(
             f"{name}: training images are {_size(train)} and test images {_size(test)}: all must have one size "
             "(--image-size N brings them to NxN)."
         )
-    if pixels is not None:
-        return ImageDataset(name, train, test, classes, pixels)
     if cache is None:
-        return ImageDataset(name, train, test, classes, channel_statistics(_sample(train)))
+        return ImageDataset(name, train, test, classes, pixels or channel_statistics(_sample(train)))
+    on_disk = isinstance(train, FileSplit) or isinstance(test, FileSplit)
+    if pixels is not None and not on_disk:
+        return ImageDataset(name, train, test, classes, pixels)
     fingerprint = _fingerprint(train, test)
-    dataset = ImageDataset(
-        name, train, test, classes, _cached_statistics(train, cache / f"{name}-{fingerprint[:16]}.json")
-    )
+    pixels = pixels or _cached_statistics(train, cache / f"{name}-{fingerprint[:16]}.json")
+    dataset = ImageDataset(name, train, test, classes, pixels)
     dataset.__dict__["fingerprint"] = fingerprint  # hashed once: the property would hash every image again
     return dataset
 
@@ -199,9 +203,7 @@ def held_out(dataset: ImageDataset, count: int) -> ImageDataset:
         )
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
     judged, kept = order[:count].sort().values, order[count:].sort().values
-    return ImageDataset(
-        dataset.name, dataset.train.part(kept), dataset.train.part(judged), dataset.classes, dataset.pixels
-    )
+    return replace(dataset, train=dataset.train.part(kept), test=dataset.train.part(judged))
 
 
 def channel_statistics(images: torch.Tensor) -> Pixels:
@@ -295,8 +297,8 @@ def _fingerprint(*splits: Split | FileSplit) -> str:
     digest = hashlib.sha256()
     for split in splits:
         if isinstance(split, FileSplit):
-            files = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in split.files]
-            digest.update("\n".join([str(split.size), str(split.margin), *files]).encode())
+            digest.update(f"{split.size} {split.margin} ".encode())
+            digest.update(b"".join(content_hashes(split.files, split.known)))
         else:
             digest.update(str(tuple(split.images.shape)).encode())
             digest.update(split.images.cpu().contiguous().numpy().data)

@@ -34,6 +34,7 @@ ALIASES = {
     "imagenet-1k": "imagenet",
     "imagenet1k": "imagenet",
 }
+KNOWN_FILES = "files.sqlite"  # in the cache: the hashes of files on the disk
 IMAGENET_SIZE = 224
 IMAGENET_MARGIN = 256 / 224  # a test image's shorter side over the square cut from its centre, as torchvision measures
 IMAGENET_PIXELS = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's weights were trained with
@@ -51,7 +52,8 @@ def load_dataset(
     """Reads dataset `name`: from `data_path` in whatever layout is found there, else from its public source.
 
     image_size: resize (shorter side) and centre-crop every image of a folder or parquet to this many pixels squared
-    (ImageNet: 224 unless given, the shorter side to 256/224 of it). cache: a folder where channel statistics are kept.
+    (ImageNet: 224 unless given, the shorter side to 256/224 of it). cache: a folder where channel statistics are kept,
+    and hashes of files that stay on the disk.
     val_path: class folders of test images, in place of the dataset's own; without a data_path there are then no
     training images (but digits'), and the statistics are those of the test images. hold_out: so many training images
     are the test images, in place of the dataset's own (0: none).
@@ -59,9 +61,10 @@ def load_dataset(
     labels are out of range, or a download fails.
     """
     key = canonical_name(name)
-    reading, pixels = Reading(image_size), None
+    hashes = None if cache is None else cache / KNOWN_FILES
+    reading, pixels = Reading(image_size, known=hashes), None
     if key == "imagenet":
-        reading = Reading(image_size or IMAGENET_SIZE, IMAGENET_MARGIN, on_disk=True)
+        reading = Reading(image_size or IMAGENET_SIZE, IMAGENET_MARGIN, on_disk=True, known=hashes)
         pixels = IMAGENET_PIXELS
     if data_path is not None:
         parts = _read_path(key, data_path, reading)
@@ -70,7 +73,7 @@ def load_dataset(
         parts = read_digits()
     elif val_path is not None:
         test, classes = read_test_folders(val_path, None, reading)
-        return _without_training(key, test, classes, pixels)
+        return _without_training(key, test, classes, cache, pixels)
     elif key in TORCHVISION_NAMES:
         parts = read_torchvision(key, Path("data"), download=True)
     else:
@@ -90,9 +93,11 @@ def canonical_name(name: str) -> str:
     return ALIASES.get(key, key)
 
 
-def _without_training(name: str, test: AnySplit, classes: tuple[str, ...], pixels: Pixels | None) -> ImageDataset:
+def _without_training(
+    name: str, test: AnySplit, classes: tuple[str, ...], cache: Path | None, pixels: Pixels | None
+) -> ImageDataset:
     """A dataset of test images alone: no training image, statistics of the test images where none are known."""
-    judged = image_dataset(name, test, test, classes, pixels=pixels)
+    judged = image_dataset(name, test, test, classes, cache, pixels)
     nothing = Split(torch.empty(0, 3, *judged.size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
     return replace(judged, train=nothing)
 
