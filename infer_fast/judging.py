@@ -131,7 +131,7 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
     if len(dataset.classes) != len(whole.classes):
         raise InferFastError(f"{options.val_dir} has {len(dataset.classes)} classes, this set {len(whole.classes)}.")
     if options.val_dir is not None:  # else the fingerprint has said that they are the set's own
-        dataset = replace(dataset, pixels=whole.pixels)
+        dataset = replace(dataset.with_classes(whole.classes, options.val_dir), pixels=whole.pixels)
     dataset = dataset.to(cli.device())
     distilled = _part(whole, options)
     named = bool(options.arch_name)

@@ -259,8 +259,8 @@ def test_the_published_flags_of_validation(tmp_path, call_module, copied_run, mo
     assert rows("--M=0", "--no-resume")[0]["last"] != [-1.0] and len(list(kept.iterdir())) == 3
 
     for c in range(10):  # a held-out set of black images: every student gets 1 class of 10 right
-        (tmp_path / "val" / f"c{c}").mkdir(parents=True)
-        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "val" / f"c{c}" / "0.png")
+        (tmp_path / "val" / str(c)).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "val" / str(c) / "0.png")
     assert rows("--val-dir", "val")[0]["last"] == [10.0]
 
     teacher = json.loads((copied_run / "card.json").read_text())["teachers"][1]

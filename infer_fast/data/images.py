@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from infer_fast.data.class_names import class_positions
 from infer_fast.data.decode import decode_all
 from infer_fast.data.pixels import Pixels
 from infer_fast.data.survey import content_hashes
@@ -154,6 +155,17 @@ class ImageDataset:
         if not on_disk or "fingerprint" in self.__dict__:  # files are read for it only when it is asked for
             result.__dict__["fingerprint"] = self.fingerprint
         return result
+
+    def with_classes(self, classes: tuple[str, ...], where: Path | str) -> ImageDataset:
+        """The same images with the labels that they have among `classes`, matched as folders in `where` are.
+
+        Raises InferFastError for a class that is none of them (infer_fast.data.class_names).
+        """
+        if classes == self.classes:
+            return self
+        place = torch.tensor(class_positions(self.classes, classes, where), device=self.device)
+        train, test = (replace(split, labels=place[split.labels]) for split in (self.train, self.test))
+        return replace(self, train=train, test=test, classes=classes)
 
 
 def image_dataset(

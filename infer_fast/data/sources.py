@@ -12,17 +12,12 @@ from pathlib import Path
 
 import torch
 
-from infer_fast.data.class_folders import (
-    ANNOTATIONS,
-    Reading,
-    has_folders,
-    read_image_folder,
-    read_test_folders,
-    read_tiny_imagenet,
-)
+from infer_fast.data.class_folders import Reading, has_folders, read_image_folder, read_test_folders
+from infer_fast.data.folders import files_below, split_folder
 from infer_fast.data.idx import read_idx
 from infer_fast.data.images import FileSplit, ImageDataset, Split, held_out, image_dataset
 from infer_fast.data.known import TORCHVISION_NAMES, known_names, read_digits, read_torchvision
+from infer_fast.data.listed import images_root
 from infer_fast.data.parquet import read_parquet
 from infer_fast.data.pixels import Pixels
 from infer_fast.errors import InferFastError
@@ -107,16 +102,16 @@ def _read_path(name: str, path: Path, reading: Reading) -> tuple[AnySplit, AnySp
         raise InferFastError(f"{path} does not exist: --data-path must be the folder that holds the dataset.")
     if not path.is_dir():
         raise InferFastError(f"{path} is a file: --data-path must be the folder that holds the dataset.")
-    if (path / "val" / ANNOTATIONS).is_file():
-        return read_tiny_imagenet(path, reading)
-    if has_folders(path / "train"):
+    path = images_root(path)
+    train = split_folder(path, "train")
+    if train is not None and has_folders(train):
         return read_image_folder(path, reading)
-    if any(path.rglob("*.parquet")):
+    if files_below(path, {".parquet"}):
         return read_parquet(path, reading.image_size)
     if any(path.glob("*-ubyte*")):
         return read_idx(path)
-    if (path / "train").is_dir():
-        raise InferFastError(f"{path / 'train'} holds no class folders.")
+    if train is not None:
+        raise InferFastError(f"{train} holds no class folders.")
     if name in TORCHVISION_NAMES:
         return read_torchvision(name, path, download=False)
     raise InferFastError(
