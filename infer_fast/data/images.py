@@ -116,9 +116,14 @@ class FileSplit:
         return decode_all([(str(file), file) for file in files], self.size[0], self.margin).to(self.device)
 
 
+def memory() -> int:
+    """Bytes of RAM that the machine has: no dataset that is held in memory can be larger."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def most_resident() -> int:
     """Bytes of images that are decoded into memory at once, larger sets stay on the disk: a quarter of the RAM."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return memory() // 4
 
 
 @dataclass(frozen=True)

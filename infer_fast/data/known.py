@@ -40,6 +40,8 @@ def read_torchvision(name: str, root: Path, *, download: bool) -> tuple[Split, S
     import torchvision
 
     cls = getattr(torchvision.datasets, TORCHVISION_NAMES[name])
+    if root.name == getattr(cls, "base_folder", None):  # the folder that the archive unpacks to
+        root = root.absolute().parent
     splits = []
     try:
         for train in (True, False):

@@ -1,8 +1,8 @@
 """Where datasets come from: each source is read into the same ImageDataset.
 
-digits (scikit-learn's own), torchvision's names (downloaded, or found under the given path), a folder of idx(.gz)
-files, an ImageFolder (train/ and val/ or test/), Tiny-ImageNet's and ImageNet's own layouts, and Hugging Face parquet
-files.
+digits (scikit-learn's own), torchvision's names (downloaded, or found under the given path), a folder of idx(.gz) or of
+CIFAR's binary files, an ImageFolder (train/ and val/ or test/), Tiny-ImageNet's and ImageNet's own layouts, and Hugging
+Face parquet files.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from infer_fast.data.cifar_binary import cifar_folder, read_cifar
 from infer_fast.data.class_folders import Reading, has_folders, read_image_folder, read_test_folders
 from infer_fast.data.folders import files_below, split_folder
-from infer_fast.data.idx import read_idx
+from infer_fast.data.idx import has_idx, read_idx
 from infer_fast.data.images import FileSplit, ImageDataset, Split, held_out, image_dataset
 from infer_fast.data.known import TORCHVISION_NAMES, known_names, read_digits, read_torchvision
 from infer_fast.data.listed import images_root
@@ -108,13 +109,15 @@ def _read_path(name: str, path: Path, reading: Reading) -> tuple[AnySplit, AnySp
         return read_image_folder(path, reading)
     if files_below(path, {".parquet"}):
         return read_parquet(path, reading.image_size)
-    if any(path.glob("*-ubyte*")):
-        return read_idx(path)
+    if has_idx(path):
+        return read_idx(path, name)
+    if (folder := cifar_folder(path)) is not None:
+        return read_cifar(folder)
     if train is not None:
         raise InferFastError(f"{train} holds no class folders.")
     if name in TORCHVISION_NAMES:
         return read_torchvision(name, path, download=False)
     raise InferFastError(
         f"{path} holds no images in a known layout: expected *.parquet, idx files (train-images-idx3-ubyte[.gz] ...), "
-        "or train/<class>/ and val|test/<class>/ folders."
+        "CIFAR's *.bin, or train/<class>/ and val|test/<class>/ folders."
     )
