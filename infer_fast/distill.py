@@ -108,7 +108,7 @@ def _publish(job: Job, work: Synthesis, results: Results, distilled: DistilledSe
         published.write(job.folder)
         write_report(job.folder)
     if job.options.store_best_images:
-        export(distilled, job.folder / "images", "jpg")
+        export(distilled, job.folder / "images", "jpg", own=True)
     return published
 
 

@@ -15,7 +15,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -24,30 +23,32 @@ from PIL import Image
 from infer_fast import cli
 from infer_fast.data.distilled import DistilledSet, load
 from infer_fast.errors import InferFastError
+from infer_fast.exported import PARQUET, Exported, Format, begin_export, end_export
 from infer_fast.extras import require
 from infer_fast.files import write_atomically, write_bytes
 from infer_fast.progress import stage
 
-Format = Literal["png", "jpg", "parquet"]
 JPEG_QUALITY = 95
 
 
-def export(distilled: DistilledSet, folder: Path, format: Format = "png") -> int:
+def export(distilled: DistilledSet, folder: Path, format: Format = "png", *, own: bool = False) -> int:
     """Writes every instance of `distilled` below `folder`; returns how many.
 
     png (lossless) and jpg: newCCC/classCCC_idIII.png, CCC the class and III the instance within it, counted from 0.
     parquet: train.parquet with columns image {bytes, path}, label, logits (float16), and the class names in its schema.
-    Raises InferFastError for an unknown format, DiskError when something can't be written.
+    What an export before left there and this one does not write is removed; own: images of such names that are there
+    are ours, though no export says so. Raises InferFastError for an unknown format, or a folder with others' images,
+    that would be taken for the set's; DiskError when something can't be written.
     """
     if format not in ("png", "jpg", "parquet"):
         raise InferFastError(f"{format!r} is not a format: choose png, jpg or parquet.")
     if format == "parquet":
         require("pyarrow", "The format parquet")
-    each = len(distilled) // len(distilled.classes)
+    written = Exported(format, len(distilled.classes), len(distilled) // len(distilled.classes))
+    left = begin_export(folder, written, own=own)
     rows = []
     with stage("export", len(distilled), "images") as running:
-        for position, label in enumerate(distilled.labels().tolist()):
-            name = f"new{label:03d}/class{label:03d}_id{position % each:03d}.{'jpg' if format == 'jpg' else 'png'}"
+        for position, (name, label) in enumerate(zip(written.images(), distilled.labels().tolist(), strict=True)):
             data = encoded(pixels_of(distilled, position), format)
             if format == "parquet":
                 rows.append((name, data, label))
@@ -55,7 +56,8 @@ def export(distilled: DistilledSet, folder: Path, format: Format = "png") -> int
                 write_bytes(folder / name, data)
             running.advance()
     if format == "parquet":
-        write_atomically(folder / "train.parquet", lambda path: _write_parquet(path, rows, distilled))
+        write_atomically(folder / PARQUET, lambda path: _write_parquet(path, rows, distilled))
+    end_export(folder, written, left)
     return len(distilled)
 
 
