@@ -22,17 +22,15 @@ def layout_of(network: nn.Module, images: torch.Tensor) -> torch.memory_format:
 
 @torch.no_grad()
 def takes_channels_last(network: nn.Module, images: torch.Tensor) -> bool:
-    """Whether `network` in eval mode gives for the first images (B, 3, H, W) what it gives where they are
+    """Whether a copy of `network` in eval mode gives for the first images (B, 3, H, W) what it gives where they are
     contiguous: what is a view there may be a copy, or impossible."""
-    training, first = network.training, images[:4].contiguous()
+    trial, first = frozen_copy(network), images[:4].contiguous()
     try:
         with at_precision(images.device, "float32"):
-            expected = network.eval()(first)
-            found = network(first.contiguous(memory_format=torch.channels_last))
+            expected = trial(first)
+            found = trial(first.contiguous(memory_format=torch.channels_last))
     except RuntimeError as error:
         return "view size is not compatible" not in str(error)  # another error is raised where it is met
-    finally:
-        network.train(training)
     if not isinstance(found, torch.Tensor) or not expected.isfinite().all():
         return True
     return bool((found - expected).abs().amax() <= TOLERANCE * expected.abs().amax())

@@ -224,7 +224,7 @@ def features(network: nn.Module, images: Callable[[torch.Tensor], torch.Tensor],
         predict(network, images, count)
     finally:
         handle.remove()
-    return torch.cat(seen).flatten(1)
+    return torch.cat(seen)[-count:].flatten(1)  # the first ones are those that the layout was chosen by
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int = 1) -> float:
