@@ -238,6 +238,7 @@ def test_the_bytes_of_a_tiny_network_are_those_counted_by_hand():
     """5 images of 4x4 in float32 through a 1x1 convolution from 3 to 8 channels and a BatchNorm, and back."""
     network = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)).eval()
     matched = MatchedTeacher(network, backend="native")
+    matched.check(torch.zeros(1, 3, 4, 4))
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, upstream = torch.empty(5, 3, 4, 4, requires_grad=True), torch.empty(5, 8, 4, 4)
         channels_last = x.contiguous(memory_format=torch.channels_last).detach().requires_grad_()
@@ -275,6 +276,7 @@ class Junction(nn.Module):
 def test_a_second_gradient_is_read_by_bn_match_and_added_by_nobody_else():
     """5 images of 4x4 in float32."""
     matched = MatchedTeacher(Junction().eval(), backend="native")
+    matched.check(torch.zeros(1, 3, 4, 4))
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(5, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
         upstream = torch.empty(5, 8, 4, 4).contiguous(memory_format=torch.channels_last)
