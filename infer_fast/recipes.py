@@ -70,7 +70,7 @@ CIFAR100_SMALL = Recipe(
     synthesis=SynthesisSettings(iterations=200, lr=0.1),
     store=StoreSettings("bytes", "avif", 45, "top", label_top=10, label_truth=0.6, compensators=0),
     student=StudentSettings(
-        networks=("convnet",), epochs=14, lr=1e-2, temperature=1.0, mix_type="none", precision="fast"
+        networks=("convnet",), epochs=16, lr=1e-2, temperature=1.0, mix_type="none", precision="fast"
     ),
 )
 
