@@ -12,8 +12,9 @@ from torch import nn
 class GlobalAveragePool(nn.Module):
     """Takes the place of an AdaptiveAvgPool2d(1)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return global_average(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: as torch names it, and networks may."""
+        return global_average(input)
 
 
 def global_average(x: torch.Tensor, output_size: object = 1) -> torch.Tensor:

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from infer_fast.errors import InferFastError, first_line
 
+TOLERANCE = 1e-4  # what may lie between two ways in float32, of what half of the logits exceed
+SLOPES = 0.02  # ... and of a gradient's length: within rounding of 0, a ReLU may let another element through
 # The arguments of both functions that matter, by position.
 SIGNATURES: dict[object, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -43,10 +45,12 @@ class Met(NamedTuple):
 
 
 class Census(NamedTuple):
-    """What a network gave for some images, and the BatchNorms that it met."""
+    """What a network gave for some images, the BatchNorms that it met, and the gradient of its `weighed` logits (None:
+    PyTorch has none)."""
 
     logits: torch.Tensor
     met: list[Met]
+    gradient: torch.Tensor | None
 
     def counts(self) -> dict[str, int]:
         """How often each layer was met."""
@@ -96,30 +100,78 @@ def layers_of(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    own = module._buffers
-    return not isinstance(module, nn.modules.batchnorm._NormBase) and {"running_mean", "running_var"} <= own.keys()
+    own = {*module._buffers, *module._parameters}
+    return not isinstance(module, nn.modules.batchnorm._NormBase) and {"running_mean", "running_var"} <= own
 
 
-def owners_of(network: nn.Module) -> dict[int, str]:
-    """The name of the module that holds a buffer, by the buffer's id."""
-    return {
-        id(buffer): name
-        for name, module in network.named_modules()
-        for buffer in module._buffers.values()
-        if buffer is not None
-    }
+class Owners:
+    """Which module of a network, by its name, holds a tensor: a BatchNorm layer where several do, the first of them."""
+
+    def __init__(self, network: nn.Module):
+        self.names: dict[int, str] = {}
+        for name, module in (*layers_of(network).items(), *network.named_modules()):
+            for tensor in (*module._buffers.values(), *module._parameters.values()):
+                if tensor is not None:
+                    self.names.setdefault(_place(tensor), name)
+
+    def of(self, tensor: torch.Tensor) -> str | None:
+        """The name of the module that holds the tensor, or what it is a view of."""
+        return self.names.get(_place(tensor))
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Where a tensor's values begin in memory; on the meta device, which has none, the tensor itself."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
 
 
 def census(network: nn.Module, images: torch.Tensor) -> Census:
-    """Passes `images` (B, 3, H, W) through an eval-mode network as it is.
+    """Passes `images` (B, 3, H, W) through an eval-mode network as it is, and back.
 
-    Raises InferFastError where it does not take them, gives anything but a tensor, or calls a BatchNorm on images that
-    is not in eval mode or that none of its modules holds.
+    Raises InferFastError where it does not take them, gives anything but a tensor, or something else each time, or
+    calls a BatchNorm on images that is not in eval mode or that none of its modules holds.
     """
-    kind, owners, met = type(network).__name__, owners_of(network), []
+    kind = type(network).__name__
+    first, again = (_taken(network, images) for _ in range(2))
+    if apart(again.logits, first.logits, TOLERANCE):
+        raise InferFastError(
+            f"{kind} gives other logits for the same images each time (it draws, or keeps something of every call): it "
+            "can't be matched."
+        )
+    return first
+
+
+def _taken(network: nn.Module, images: torch.Tensor) -> Census:
+    """One pass, with its gradient if PyTorch has one: not of a network that writes over what its backward needs."""
+    own = images.clone().requires_grad_(True)
+    try:
+        logits, met = _passed(network, own * 1)  # what it writes over is no leaf
+        (gradient,) = torch.autograd.grad(weighed(logits), own)
+        return Census(logits.detach(), met, gradient)
+    except Exception:  # whatever the network's own code raises
+        with torch.no_grad():
+            return Census(*_passed_or_said(network, images.clone()), None)
+
+
+def _passed_or_said(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[Met]]:
+    """As _passed; whatever the network's own code raises is an InferFastError."""
+    try:
+        return _passed(network, images)
+    except InferFastError:
+        raise
+    except Exception as error:
+        size, dtype = "x".join(map(str, images.shape)), str(images.dtype).removeprefix("torch.")
+        raise InferFastError(
+            f"{type(network).__name__} does not take {dtype} images of {size} "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error
+
+
+def _passed(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[Met]]:
+    kind, owners = type(network).__name__, Owners(network)
+    met: list[Met] = []
 
     def count(call: BatchNormCall) -> None:
-        layer = owners.get(id(call.running_mean))
+        layer = owners.of(call.running_mean)
         if layer is None:
             raise InferFastError(
                 f"{kind} calls a BatchNorm whose running statistics none of its modules holds, so that it can't be "
@@ -132,20 +184,30 @@ def census(network: nn.Module, images: torch.Tensor) -> Census:
             )
         met.append(Met(layer, summary(call.input)))
 
-    try:
-        with OnBatchNorm(count), torch.no_grad():
-            logits = network(images)
-    except InferFastError:
-        raise
-    except Exception as error:  # whatever the network's own code raises
-        size = "x".join(map(str, images.shape))
-        raise InferFastError(
-            f"{kind} does not take {str(images.dtype).removeprefix('torch.')} images of {size} "
-            f"({type(error).__name__}: {first_line(error)})."
-        ) from error
+    with OnBatchNorm(count):
+        logits = network(images)
     if not isinstance(logits, torch.Tensor):
         raise InferFastError(f"{kind} returns a {_described(logits)}: a teacher returns its logits alone, a tensor.")
-    return Census(logits, met)
+    return logits, met
+
+
+def weighed(logits: torch.Tensor) -> torch.Tensor:
+    """The sum of all finite logits, in which they weigh unlike."""
+    weights = torch.linspace(-1, 1, logits.numel(), device=logits.device, dtype=torch.float64).view_as(logits)
+    return torch.where(logits.isfinite(), logits.double() * weights, 0.0).sum()
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Whether logits differ: by more than `tolerance` of what half of them exceed, or in where they are not finite."""
+    found, expected = found.detach().double(), expected.detach().double()
+    finite = expected.isfinite()
+    if not torch.equal(found.isfinite(), finite) or not torch.equal(found[~finite], expected[~finite]):
+        return True
+    if not finite.any():
+        return False
+    sizes = expected[finite].abs()
+    scale = torch.maximum(sizes.median(), 1e-9 * sizes.amax())
+    return bool((found - expected)[finite].abs().amax() > tolerance * scale)
 
 
 def _described(output: object) -> str:
@@ -153,11 +215,8 @@ def _described(output: object) -> str:
     return f"{kind} of {len(output)}" if isinstance(output, (tuple, list, dict)) else kind
 
 
-def difference(found: Census, expected: Census, tolerance: float) -> str | None:
-    """In words, where a rewritten network does something else than the one it was made of; None where it does not.
-
-    tolerance: of logits, relative to the largest; what lies before a layer is told apart by ten times as much.
-    """
+def difference(found: Census, expected: Census) -> str | None:
+    """In words, where a rewritten network does something else than the one it was made of; None where it does not."""
     counts, wanted = found.counts(), expected.counts()
     for layer in dict.fromkeys([*wanted, *counts]):
         if counts.get(layer, 0) != wanted.get(layer, 0):
@@ -166,12 +225,14 @@ def difference(found: Census, expected: Census, tolerance: float) -> str | None:
         return f"its output is {tuple(found.logits.shape)} in place of {tuple(expected.logits.shape)}"
     for layer in wanted:
         for own, other in zip(_of(found, layer), _of(expected, layer), strict=True):
-            if not torch.allclose(own, other, rtol=10 * tolerance, atol=tolerance * float(other[1].sqrt())):
+            if not torch.allclose(own, other, rtol=10 * TOLERANCE, atol=TOLERANCE * float(other[1].sqrt())):
                 return f"what comes to BatchNorm {layer} is something else"
-    error = (found.logits.double() - expected.logits.double()).abs().amax()
-    if not error <= tolerance * expected.logits.abs().amax():
-        return f"its logits differ by {float(error):.2g}"
-    return None
+    if apart(found.logits, expected.logits, TOLERANCE):
+        return "its logits are others"
+    if found.gradient is None or expected.gradient is None:
+        return None
+    error, size = ((found.gradient - expected.gradient).double().norm(), expected.gradient.double().norm())
+    return f"its gradient is off by {float(error / size):.1%}" if error > SLOPES * size else None
 
 
 def _of(census: Census, layer: str) -> list[torch.Tensor]:

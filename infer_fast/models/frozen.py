@@ -23,12 +23,13 @@ class _Frozen(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
         self.cast: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kind = x.device.type
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: as torch names it, and networks may."""
+        kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         weight, bias = self._weights(dtype)
         with torch.autocast(kind, enabled=False):
-            return self.apply_weights(x.to(dtype), weight, bias)
+            return self.apply_weights(input.to(dtype), weight, bias)
 
     def apply_weights(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The layer itself; all three have one dtype."""
@@ -45,7 +46,8 @@ class _Frozen(nn.Module):
         if dtype == self.weight.dtype:
             return self.weight, self.bias
         if dtype not in self.cast:
-            self.cast[dtype] = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+            with torch.inference_mode(False):  # what is kept serves passes with gradients too
+                self.cast[dtype] = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         return self.cast[dtype]
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
+from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
+from infer_fast.errors import out_of_memory
 from infer_fast.models.average import global_average, is_one
 from infer_fast.models.copies import hooks_of, is_plain
 from infer_fast.models.junction import give_twice
-from infer_fast.models.overwriting import OverwritingError, without_overwriting
+from infer_fast.models.overwriting import without_overwriting
 
 MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 FUNCTIONS: dict[object, str] = {
@@ -41,17 +44,26 @@ def fuse(network: nn.Module, matched: Matched, *, twice: bool = False) -> nn.Mod
     """
     if _is_norm(network):
         return _without_graph(network, matched)
-    try:
-        graph = _Tracer().trace(network)
-    except Exception:  # control flow that depends on data: fx raises whatever the network's code raised
-        return None
-    traced = fx.GraphModule(network, graph)
     if any(_changes_its_call(module) for module in network.modules()):
         return None
+    buffers = {buffer: buffer._version for buffer in network.buffers()}
     try:
+        with _autocast_refused():
+            called = nn.Sequential(network)  # as it is called, with its defaults: not with each of them a variable
+            traced = fx.GraphModule(called, _Tracer().trace(called))
+        if any(buffer._version != version for buffer, version in buffers.items()):
+            return None  # what tracing it changed is no constant
         without_overwriting(traced)
-    except OverwritingError:
+        return _fused(traced, matched, twice)
+    except Exception as error:  # fx raises whatever the network's code raised, and what its names make of the code
+        if out_of_memory(error):
+            raise
         return None
+
+
+def _fused(traced: fx.GraphModule, matched: Matched, twice: bool) -> fx.GraphModule:
+    """A traced network in which nothing is overwritten, with its BatchNorms matched."""
+    graph = traced.graph
     nodes = list(graph.nodes)
     norms = [(node, norm) for node in nodes if (norm := _called(traced, node)) is not None and _is_norm(norm)]
     calls = [_fuse_node(traced, node, norm, matched) for node, norm in norms]
@@ -70,6 +82,17 @@ def fuse(network: nn.Module, matched: Matched, *, twice: bool = False) -> nn.Mod
     graph.lint()
     traced.recompile()
     return traced
+
+
+@contextmanager
+def _autocast_refused() -> Iterator[None]:
+    """A graph has no place for a precision of a part's own: entering one while it is traced is an error."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("a part of the network has a precision of its own")
+
+    with mock.patch.object(torch.autocast, "__enter__", refuse):
+        yield
 
 
 class _Tracer(fx.Tracer):
@@ -132,7 +155,8 @@ def _fuse_node(traced: fx.GraphModule, node: fx.Node, norm: Norm, matched: Match
     name = f"matched_{node.name}"
     traced.add_submodule(name, module)
     with traced.graph.inserting_after(last):
-        call = traced.graph.call_module(name, (node.args[0],) if residual is None else (node.args[0], residual))
+        given = node.args[0] if node.args else node.kwargs["input"]
+        call = traced.graph.call_module(name, (given,) if residual is None else (given, residual))
     last.replace_all_uses_with(call)
     for used in dict.fromkeys((last, *_between(last, node))):
         traced.graph.erase_node(used)
@@ -174,7 +198,8 @@ def _other_summand(add: fx.Node, node: fx.Node) -> fx.Node | None:
 def _activation(traced: fx.GraphModule, node: fx.Node) -> str | None:
     """The name of the activation that `node` is, or None."""
     if node.op == "call_module":
-        return MODULES.get(type(_called(traced, node)))
+        module = _called(traced, node)
+        return MODULES.get(type(module)) if module is not None and is_plain(module, type(module)) else None
     if node.op == "call_function":
         return FUNCTIONS.get(node.target)
     return METHODS.get(node.target) if node.op == "call_method" else None

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from infer_fast.models.census import BatchNormCall, Met, OnBatchNorm, owners_of, summary
+from infer_fast.models.census import BatchNormCall, Met, OnBatchNorm, Owners, summary
 from infer_fast.models.fuse import Norm
 from infer_fast.ops import bn_match, bn_match_statistics, bn_match_twice
 from infer_fast.ops.bn_match import ACTIVATIONS, Statistics
@@ -102,6 +103,7 @@ class MatchedBatchNorm(nn.Module):
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
+    _is_impure = True  # fx would drop a call whose result nobody takes, and with it the penalty
 
     def __init__(self, norm: Norm, shared: Pass, layer: Layer, activation: str = "none"):
         super().__init__()
@@ -114,12 +116,20 @@ class MatchedBatchNorm(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None, *, twice: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The result, with x's shape unless `residual` broadcasts; two of it with `twice` (see bn_match_twice)."""
-        fused = residual is None or residual.shape == x.shape  # an add that broadcasts stays an add
+        # An add of a number, or that broadcasts, stays an add.
+        fused = residual is None or (isinstance(residual, torch.Tensor) and residual.shape == x.shape)
+        fused = fused and x.dim() == 4
         added, activation = (residual, self.activation) if fused else (None, "none")
         batch_norm = (x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        y, *again = self.shared.match(self.layer, batch_norm, added, activation, twice=twice)
-        if residual is not None and not fused:
-            y, again = ACTIVATIONS[self.activation](y + residual), []
+        again: list[torch.Tensor] = []
+        if x.dim() == 4:
+            y, *again = self.shared.match(self.layer, batch_norm, added, activation, twice=twice)
+        else:  # of no images: a SyncBatchNorm may stand anywhere
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if not fused:
+            y = y if residual is None else y + residual
+            y, again = ACTIVATIONS[self.activation](y), []
+            return (y, y) if twice else y
         return (y, again[0] if again else y) if twice else y
 
 
@@ -135,11 +145,11 @@ class AsItRuns(nn.Module):
         self.forward = torch.compiler.disable(self._forward)  # here, since torch imports its compiler for it
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        with OnBatchNorm(partial(self._match, owners_of(self.network))):
-            return self.network(x.contiguous())
+        with OnBatchNorm(partial(self._match, Owners(self.network))):
+            return self.network(x.clone(memory_format=torch.contiguous_format) if self.copying else x.contiguous())
 
-    def _match(self, owners: dict[int, str], call: BatchNormCall) -> torch.Tensor | None:
-        name = owners.get(id(call.running_mean))
+    def _match(self, owners: Owners, call: BatchNormCall) -> torch.Tensor | None:
+        name = owners.of(call.running_mean)
         if name is None:
             return None
         x = call.input.clone() if self.copying else call.input

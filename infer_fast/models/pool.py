@@ -19,8 +19,9 @@ class FrozenMaxPool2d(nn.Module):
         self.window = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
         self.ceil_mode, self.backend = pool.ceil_mode, backend
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return max_pool(x, *self.window, ceil_mode=self.ceil_mode, backend=self.backend)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: as torch names it, and networks may."""
+        return max_pool(input, *self.window, ceil_mode=self.ceil_mode, backend=self.backend)
 
 
 def freeze_pooling(network: nn.Module, backend: str | None = None) -> nn.Module:

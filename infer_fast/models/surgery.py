@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError, InferFastWarning, first_line, out_of_memory
-from infer_fast.models.census import Census, census, difference, layers_of
+from infer_fast.models.census import TOLERANCE, Census, Owners, apart, census, difference, layers_of, weighed
 from infer_fast.models.copies import frozen_copy, in_layout
 from infer_fast.models.execution import at_precision
 from infer_fast.models.frozen import FrozenConv2d, FrozenLinear, freeze
 from infer_fast.models.fuse import Norm, fuse
+from infer_fast.models.layout import noise_for
 from infer_fast.models.matching import AsItRuns, Layer, MatchedBatchNorm, Pass
 from infer_fast.models.pool import freeze_pooling
 from infer_fast.models.weights import faulty
 from infer_fast.ops.bn_match import Statistics
 
-PROBED, TOLERANCE = 4, 1e-4  # images of noise, and what may lie between two ways in float32, of the largest logit
+PROBED = 4  # images of noise
 
 
 class MatchedTeacher(nn.Module):
@@ -49,30 +51,37 @@ class MatchedTeacher(nn.Module):
             kind = type(teacher).__name__
             raise InferFastError(f"{kind} is TorchScript, whose BatchNorms are out of reach: give the nn.Module.")
         plain = frozen_copy(teacher)
+        self.mixes_images = False
         layers, self.shared, self.kind = layers_of(plain), Pass(r_var, backend), type(plain).__name__
         _check(self.kind, layers, skip_bn)
         self._layer_weights = {
             name: 0.0 if i in skip_bn else first_bn_multiplier if i == 0 else 1.0 for i, name in enumerate(layers)
         }
         self._plain = [plain]  # until it was compared; in a list it is no part of this module
+        self._noise: list[torch.Tensor] = []  # what it was compared on
+        self._taken = False
         self._forms = self._everyforms(plain)
         self.network, self._weights = next(self._forms)
 
     def _everyforms(self, plain: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """The networks that may do what `plain` does, the fastest first; each with what shares its weights' memory."""
         network = in_layout(frozen_copy(plain), torch.channels_last)
-        layers = {module: name for name, module in layers_of(network).items()}
+        owners = Owners(network)
 
         def matched(norm: Norm, activation: str) -> MatchedBatchNorm:
-            layer = Layer(layers[norm], self._layer_weights[layers[norm]])
-            return MatchedBatchNorm(norm, self.shared, layer, activation)
+            assert norm.running_mean is not None  # _check has seen to it
+            name = str(owners.of(norm.running_mean))
+            return MatchedBatchNorm(norm, self.shared, Layer(name, self._layer_weights[name]), activation)
 
         weights = list(network.parameters())
         fused = fuse(network, matched, twice=True)
         if fused is not None:
             yield freeze_pooling(freeze(fused), self.shared.backend), weights
         for copying in (False, True):
-            yield AsItRuns(plain, self.shared, self._layer_weights, copying=copying), list(plain.parameters())
+            yield self._as_it_runs(plain, copying=copying)
+
+    def _as_it_runs(self, plain: nn.Module, *, copying: bool) -> tuple[nn.Module, list[nn.Parameter]]:
+        return AsItRuns(plain, self.shared, self._layer_weights, copying=copying), list(plain.parameters())
 
     def check(self, images: torch.Tensor) -> None:
         """Holds this copy against the teacher on noise of the shape of `images` (B, 3, H, W), once.
@@ -84,13 +93,8 @@ class MatchedTeacher(nn.Module):
         if not self._plain or images.is_meta:
             return
         (plain,) = self._plain
-        dtype = next((p.dtype for p in plain.parameters()), images.dtype)
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(PROBED, *images.shape[1:], generator=generator).to(images.device, dtype)
-        # What is kept for backward here is nobody else's business.
-        unnoticed = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-        with torch.inference_mode(False), torch.enable_grad(), at_precision(images.device, "float32"), unnoticed:
-            expected = census(plain, noise)
+        with _unnoticed(images.device):
+            noise, expected = _probe(plain, images)
             if not expected.met:
                 raise InferFastError(f"{self.kind} calls none of its BatchNorm layers on images: it can't be matched.")
             reasons = [self._difference(noise, expected)]
@@ -99,7 +103,9 @@ class MatchedTeacher(nn.Module):
                 reasons.append(self._difference(noise, expected))
         if reasons[-1] is not None:
             raise InferFastError(f"{self.kind} can't be matched: {reasons[-1]}.")
-        self._plain, self._forms = [], iter(())
+        with _unnoticed(images.device):
+            self.mixes_images = self._mixes(noise)
+        self._plain, self._forms, self._noise = [], iter(()), [noise]
         if isinstance(self.network, AsItRuns):
             _say(f"{self.kind} is matched as it runs, slower: {reasons[0] or 'its code cannot be rewritten'}.")
         unmet = [name for name in self._layer_weights if name not in expected.counts()]
@@ -112,8 +118,9 @@ class MatchedTeacher(nn.Module):
         self.shared.met, own = [], images.clone().requires_grad_(True)
         try:
             logits, penalty = self._run(own, 1, None)
-            torch.autograd.grad(logits.double().sum() + penalty.sum(), own, allow_unused=True)
-            return difference(Census(logits.detach(), self.shared.met), expected, TOLERANCE)
+            (gradient,) = torch.autograd.grad(weighed(logits), own, retain_graph=True)
+            torch.autograd.grad(penalty.sum(), own, allow_unused=True)
+            return difference(Census(logits.detach(), self.shared.met, gradient), expected)
         except Exception as error:  # whatever the network's own code raises
             if out_of_memory(error):
                 raise
@@ -122,16 +129,32 @@ class MatchedTeacher(nn.Module):
             self.shared.met = None
 
     @torch.no_grad()
+    def _mixes(self, noise: torch.Tensor) -> bool:
+        """Whether an image's logits depend on the images beside it."""
+        half = PROBED // 2
+        logits, _ = self._run(noise, 1, None)
+        return apart(self._run(noise[:half], 1, None)[0], logits[:half], TOLERANCE)
+
     def take(self, teacher: nn.Module) -> None:
         """Takes over the weights of `teacher`, the network it was made of with others, in the tensors that are there.
 
-        So what an engine captured or compiled goes on being of use. Statistics are those it was made with.
+        So what an engine captured or compiled goes on being of use. Statistics are those it was made with. The first
+        time it is held against that teacher too, and matched as it runs where some of its weights are still the old.
         """
-        for own, given in zip(self._weights, teacher.parameters(), strict=True):
-            own.copy_(given)
+        with torch.no_grad():
+            for own, given in zip(self._weights, teacher.parameters(), strict=True):
+                own.copy_(given)
         for module in self.modules():
             if isinstance(module, (FrozenConv2d, FrozenLinear)):
                 module.cast_again()
+        if self._noise and not self._taken:
+            self._taken, plain = True, frozen_copy(teacher)
+            with _unnoticed(self._noise[0].device):
+                if self._difference(self._noise[0], census(plain, self._noise[0])) is not None:
+                    self.network, self._weights = self._as_it_runs(plain, copying=True)
+                    _say(
+                        f"{self.kind} is matched as it runs, slower: its code keeps weights that were those of before."
+                    )
 
     def forward(
         self, x: torch.Tensor, lanes: int = 1, whole: Sequence[Statistics] | None = None
@@ -162,6 +185,26 @@ class MatchedTeacher(nn.Module):
         return self.shared.end()[1]
 
 
+@contextmanager
+def _unnoticed(device: torch.device) -> Iterator[None]:
+    """In float32 and with gradients, whatever the caller's mode; nobody else hears what is kept for backward."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with torch.inference_mode(False), torch.enable_grad(), at_precision(device, "float32"), hooks:
+        yield
+
+
+def _probe(plain: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, Census]:
+    """Noise, and what the teacher makes of it; of the images themselves if it gives finite logits for them alone."""
+    noise = noise_for(plain, (PROBED, *images.shape[1:])).to(images.device)
+    expected = census(plain, noise)
+    given = images[:PROBED].detach().to(noise.dtype)
+    if len(given) == PROBED and expected.logits.isnan().any():
+        of_images = census(plain, given)
+        if not of_images.logits.isnan().any():
+            return given, of_images
+    return noise, expected
+
+
 def _say(sentence: str) -> None:
     warnings.warn(sentence, InferFastWarning, stacklevel=3)
 
@@ -177,8 +220,8 @@ def _check(kind: str, layers: dict[str, nn.Module], skip_bn: tuple[int, ...]) ->
         )
     statistics: dict[str, torch.Tensor] = {}
     for position, (name, norm) in enumerate(layers.items()):
-        mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
-        if mean is None or variance is None:
+        mean, variance = norm.running_mean, norm.running_var
+        if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
             raise InferFastError(f"{kind}: BatchNorm2d layer {position} keeps no running statistics to match.")
         statistics |= {f"{name}.running_mean".lstrip("."): mean, f"{name}.running_var".lstrip("."): variance}
     fault = faulty({name: tensor for name, tensor in statistics.items() if not tensor.is_meta})

@@ -148,7 +148,8 @@ def fit(
         raise InferFastError(
             f"Training of {type(network).__name__} diverged ({fault}): {_blame(training, batch, schedule)}."
         )
-    return network.eval()
+    network.eval()  # as a statement: not everybody's train() returns the network
+    return network
 
 
 def takes_one(network: nn.Module, images: torch.Tensor) -> bool:

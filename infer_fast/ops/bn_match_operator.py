@@ -212,6 +212,7 @@ class _Eager(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: torch.Tensor | None, grad_penalty: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
+        _check_once()
         return _gradients(_run_backward, ctx, grad_y, grad_penalty)
 
 
@@ -232,7 +233,15 @@ class _Twice(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: torch.Tensor | None, grad_penalty: torch.Tensor | None, *rest: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
+        if ctx.plain:
+            _check_once()
         return _gradients(_run_backward if ctx.plain else _backward, ctx, grad_y, grad_penalty, rest[-1])
+
+
+def _check_once() -> None:
+    """Raises RuntimeError in a backward that is to be differentiated again: the kernels' results would be constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("bn_match has no second derivative but in the backend reference")
 
 
 def _eager(x: torch.Tensor) -> bool:

@@ -127,6 +127,7 @@ class Solver:
                 settings.seed, 0, list(range(count)), iterations=iterations, jitter=settings.jitter, size=size
             )
         views = views.to(base.device)
+        self._ready(base)
         done, results = 0, []
         failures: dict[int, int] = {}
         while done < count:
@@ -161,6 +162,8 @@ class Solver:
 
     def _settle_for_less(self, lanes: int, images: int) -> str | None:
         """Halves the lanes, then the chunk; says so in words, or None if there is nothing left to halve."""
+        if self._matched is not None and self._matched.mixes_images:
+            return None
         chunk = images if self.chunk is None else min(self.chunk, images)
         if lanes > 1:
             self.lanes = lanes // 2
@@ -190,18 +193,13 @@ class Solver:
 
     def prepare(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> Loop:
         """The loop for these tasks, ready to step: the last one with its data replaced if it fits, else a new one."""
-        teacher = self.teacher
+        matched = self._ready(base)
         if self.settings.steps:
-            teacher = adjusted_teacher(teacher, base, targets, self.settings, views, self._classes)
-        if self._matched is None:
-            self._matched = self._match(teacher)
-            self._matched.check(base[0])
-        elif self.settings.steps:
-            self._matched.take(teacher)
+            matched.take(adjusted_teacher(self.teacher, base, targets, self.settings, views, self._classes))
         if self._loop is None or not self._loop.takes(base, views):
             self._let_go()
             problem = Problem(
-                self._matched,
+                matched,
                 base.clone(),
                 targets.clone(),
                 self.settings,
@@ -236,9 +234,24 @@ class Solver:
         loop.restart()  # from whatever the attempt left behind
         return loop
 
-    def _match(self, teacher: nn.Module) -> MatchedTeacher:
+    def _ready(self, base: torch.Tensor) -> MatchedTeacher:
+        """The matched teacher; where its logits depend on the whole batch, tasks and images go together no more."""
+        if self._matched is None:
+            self._matched = self._match()
+            self._matched.check(base[0])
+            if self._matched.mixes_images and (self.lanes != 1 or self.chunk is not None):
+                self.lanes, self.chunk = 1, None
+                kind = type(self.teacher).__name__
+                warnings.warn(
+                    f"{kind} makes an image's logits of the images beside it: one task at a time, and all its images.",
+                    InferFastWarning,
+                    stacklevel=3,
+                )
+        return self._matched
+
+    def _match(self) -> MatchedTeacher:
         return MatchedTeacher(
-            teacher,
+            self.teacher,
             first_bn_multiplier=self.settings.first_bn_multiplier,
             r_var=self.settings.r_var,
             skip_bn=self.settings.skip_bn,
