@@ -36,6 +36,7 @@ from infer_fast.models.weight_files import check_file
 from infer_fast.progress import Stage, stage
 from infer_fast.ranges import check
 from infer_fast.recipes import RECIPES
+from infer_fast.run_folder import check_name
 from infer_fast.settings import Recipe, SqueezeSettings
 from infer_fast.void import check_image_size
 
@@ -83,7 +84,10 @@ def _teacher(dataset: ImageDataset, name: str, origin: Origin, folder: Path, che
         else:
             reached = _import(dataset, name, network, checkpoint, origin.weights)
         save_teacher(path, network, reached, {"name": name, "dataset": dataset.name, "source": source})
-    teacher = load_teacher(name, path, len(dataset.classes), dataset.size)
+    try:
+        teacher = load_teacher(name, path, len(dataset.classes), dataset.size)
+    except InferFastError as error:
+        raise InferFastError(f"{str(error).rstrip('.')}: delete this file, and the teacher is made again.") from error
     teacher.network.to(dataset.device)
     return teacher
 
@@ -168,7 +172,10 @@ def _main(args: list[str]) -> None:
     options = cli.parse(SqueezeOptions, default, flags, "python -m infer_fast.squeeze [RECIPE]", f"Recipe {name}.")
     root = options.syn_data_path
     dataset = load_dataset(
-        options.dataset, options.data_path, image_size=options.image_size, cache=root / "datasets"
+        check_name("--dataset", options.dataset),
+        options.data_path,
+        image_size=options.image_size,
+        cache=root / "datasets",
     ).to(cli.device())
     check_image_size(dataset.name, dataset.size, options.image_size)
     teachers = squeeze(
