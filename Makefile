@@ -4,12 +4,14 @@
 # make lint       ruff, mypy and clang-format, in the versions that pyproject.toml pins
 # make zoo        networks of torchvision and timm, rewritten, against themselves
 # make packages   builds sdist and wheel and tries them away from the checkout
+# make kills      100 runs killed at random moments: the same command ends with the same bytes
+# make torture    bad command lines and files by the hundred: one sentence each
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: distill test quick lint packages zoo bench clean
+.PHONY: distill test quick lint packages zoo kills torture bench clean
 
 distill: $(READY)
 	$(BIN)/python -m infer_fast.distill $(ARGS)
@@ -32,6 +34,12 @@ packages: $(READY)
 zoo: $(READY)
 	$(BIN)/python -m pip install --quiet timm
 	$(BIN)/python -m pytest -q tests/models/zoo.py $(ARGS)
+
+kills: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills $(ARGS)
+
+torture: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench.ops --quick
