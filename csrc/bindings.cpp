@@ -9,9 +9,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "ops.h"
@@ -23,6 +25,8 @@ namespace {
 using infer_fast::BnMatchArguments;
 using infer_fast::ComposeArguments;
 using Buffer = std::pair<std::uintptr_t, int64_t>;
+
+constexpr int kThreadsPerCore = 4;
 
 void require(bool condition, const std::string& sentence) {
   if (!condition) throw std::invalid_argument(sentence);
@@ -54,6 +58,13 @@ T* optional(const char* name, const Buffer& buffer, int64_t count, int64_t size 
   return buffer.first == 0 && buffer.second == 0 ? nullptr : needed<T>(name, buffer, count, size);
 }
 
+// As many threads as are worth having: results don't depend on their number, and each has memory of its own.
+int bounded(const char* what, int threads) {
+  require(threads >= 1, std::string(what) + ": threads must be at least 1");
+  const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
+  return static_cast<int>(std::min<int64_t>(threads, int64_t{kThreadsPerCore} * cores));
+}
+
 void check_index(const char* name, const int64_t* index, int64_t count, int64_t low, int64_t high) {
   for (int64_t i = 0; i < count; ++i)
     require(index[i] >= low && index[i] < high, std::string(name) + "[" + std::to_string(i) +
@@ -70,7 +81,7 @@ void compose(const std::array<Buffer, compose_buffer::count>& b, bool out_is_bfl
              int64_t base_count, int64_t compensator_count, int64_t height, int64_t width, std::array<float, 3> mean,
              std::array<float, 3> std, int threads) {
   namespace at = compose_buffer;
-  require(threads >= 1, "compose: threads must be at least 1");
+  threads = bounded("compose", threads);
   const int64_t image = product("compose", {3, height, width});
   ComposeArguments a{};
   a.base = needed<const uint8_t>("compose: base", b[at::base], product("compose", {base_count, image}));
@@ -115,11 +126,11 @@ enum { grad_y = shared, grad_penalty, grad_x, grad_residual, backward_count };
 template <size_t count>
 BnMatchArguments bn_match_arguments(const std::array<Buffer, count>& b, double eps, double r_var, int64_t lanes,
                                     int64_t batch, int64_t channels, int64_t plane, bool is_bfloat16,
-                                    bool channels_last, int activation, int threads) {
+                                    bool channels_last, int activation) {
   namespace at = bn_match_buffer;
   require(lanes >= 1, "bn_match: lanes must be at least 1");
   require(activation >= 0 && activation <= 3, "bn_match: activation must be 0..3");
-  require(threads >= 1, "bn_match: threads must be at least 1");
+
   const int64_t elements = product("bn_match", {lanes, batch, channels, plane});
   require(elements > 0, "bn_match: x is empty");
   const int64_t size = is_bfloat16 ? 2 : 4, statistics = lanes * channels;
@@ -164,8 +175,8 @@ void bn_match_forward(const std::array<Buffer, bn_match_buffer::forward_count>& 
                       int64_t lanes, int64_t batch, int64_t channels, int64_t plane, bool is_bfloat16,
                       bool channels_last, int activation, int threads) {
   namespace at = bn_match_buffer;
-  auto a =
-      bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation, threads);
+  threads = bounded("bn_match", threads);
+  auto a = bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation);
   a.y = needed<void>("bn_match: y", b[at::y], lanes * batch * channels * plane, is_bfloat16 ? 2 : 4);
   a.penalty = needed<float>("bn_match: penalty", b[at::penalty], lanes);
   py::gil_scoped_release release;
@@ -176,8 +187,8 @@ void bn_match_backward(const std::array<Buffer, bn_match_buffer::backward_count>
                        int64_t lanes, int64_t batch, int64_t channels, int64_t plane, bool is_bfloat16,
                        bool channels_last, int activation, int threads) {
   namespace at = bn_match_buffer;
-  auto a =
-      bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation, threads);
+  threads = bounded("bn_match", threads);
+  auto a = bn_match_arguments(b, eps, r_var, lanes, batch, channels, plane, is_bfloat16, channels_last, activation);
   const int64_t elements = lanes * batch * channels * plane, size = is_bfloat16 ? 2 : 4;
   a.grad_y = needed<const void>("bn_match: grad_y", b[at::grad_y], elements, size);
   a.grad_penalty = needed<const float>("bn_match: grad_penalty", b[at::grad_penalty], lanes);
@@ -193,7 +204,7 @@ void bn_match_backward(const std::array<Buffer, bn_match_buffer::backward_count>
 
 void perturb(const std::vector<Buffer>& params, const std::vector<Buffer>& grads, double rho, int threads) {
   require(params.size() == grads.size(), "perturb: params and grads must have one length");
-  require(threads >= 1, "perturb: threads must be at least 1");
+  threads = bounded("perturb", threads);
   std::vector<float*> p;
   std::vector<const float*> g;
   std::vector<int64_t> sizes;

@@ -5,6 +5,7 @@ Exit 0: done; 2: bad usage; 130 or 143: told to stop, by an interrupt or SIGTERM
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -23,6 +24,7 @@ from infer_fast.recipes import RECIPES
 from infer_fast.settings import Recipe
 from infer_fast.void import check_options, void
 
+THREADS_PER_CORE = 4
 Options = TypeVar("Options")
 
 
@@ -83,6 +85,7 @@ def run(job: Callable[[list[str]], None], args: list[str] | None = None) -> int:
 def _attempt(job: Callable[[list[str]], None], args: list[str]) -> int:
     """The exit code of `job(args)`, what it raised said."""
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
+    _bound_threads()
     if (backend := native()) is not None:
         backend.keep_freed_memory()
     try:
@@ -93,6 +96,14 @@ def _attempt(job: Callable[[list[str]], None], args: list[str]) -> int:
     except Exception as error:
         return _fail(_sentence(error), args)
     return 0
+
+
+def _bound_threads() -> None:
+    """No more threads than a few for each core: the system may not even give as many as OMP_NUM_THREADS can say."""
+    most = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if torch.get_num_threads() > most:
+        torch.set_num_threads(most)
+        warnings.warn(f"More threads than {most} were asked for: {most} are used.", InferFastWarning, 2)
 
 
 def _show_warning(show: Callable, message: Warning | str, category: type[Warning], *rest: object) -> None:

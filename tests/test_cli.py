@@ -1,5 +1,8 @@
 """Exit codes and sentences."""
 
+import os
+import warnings
+
 import pytest
 import torch
 
@@ -54,3 +57,12 @@ def test_recipes_by_name():
     with pytest.raises(SystemExit) as stop:
         cli.take_recipe(["fashion"])
     assert stop.value.code == 2
+
+
+def test_threads_are_bounded_by_the_cores(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 100_000)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    assert cli.run(lambda _: None, []) == 0
+    assert asked == [4 * os.cpu_count()] and "More threads than" in capsys.readouterr().err

@@ -200,3 +200,12 @@ def test_random_calls_end_in_exceptions_or_answers():
         except (InferFastError, ValueError, TypeError, RuntimeError, IndexError):
             pass
     assert CALLS // 20 < answers < CALLS
+
+
+def test_no_number_of_threads_takes_more_memory_than_threads_are_worth(generator, as_before, monkeypatch):
+    """As OMP_NUM_THREADS can say it: each thread has memory of its own, and a few for each core are enough."""
+    for way in every_way((6, 5, 3, 3), torch.contiguous_format, torch.float32, generator)[:2]:
+        expected = way()
+        with monkeypatch.context() as context:
+            context.setattr(torch, "get_num_threads", lambda: 2**31 - 1)
+            assert all(torch.equal(a, b) for a, b in zip(expected, way(), strict=True))
