@@ -44,7 +44,7 @@ BAD_VALUES = {  # by what --help says a flag takes
     "{": ["nonsense", "", "None None"],
 }
 FREE = {  # any text is right, or a path that is made where it is not there
-    "--wandb-project", "--wandb-api-key", "--output", "--output-dir", "--exp-name", "--syn-data-path", "--data-path",
+    "--wandb-project", "--wandb-api-key", "--output", "--output-dir", "--syn-data-path", "--data-path",
 }  # fmt: skip
 
 
@@ -142,9 +142,9 @@ def command_lines() -> Iterator[Case]:
                 yield Case(f"{module} {flag}={value!r:.20}", module, [*args, f"{flag}={value}"])
             if kind:
                 yield Case(f"{module} {flag} without a value", module, [*args, flag])
-    for name in ("../x", "/x", "a/../../x", "", "..", "a//b", "\x1b[2J", "x" * 300):
-        yield Case(f"distill --exp-name={name!r:.20}", "distill", [*SMALL, f"--exp-name={name}"])
-        yield Case(f"distill --dataset={name!r:.20}", "distill", [*SMALL, f"--dataset={name}"])
+    for name in ("../x", "/x", "a/../../x", "..", "a//b", "a\\b", "\n", "x" * 300):
+        yield Case(f"distill: leading out by --exp-name={name!r:.20}", "distill", [*SMALL, f"--exp-name={name}"])
+        yield Case(f"distill: leading out by --dataset={name!r:.20}", "distill", [*SMALL, f"--dataset={name}"])
     for word in ("nonsense", "../digits", "DIGITS", "digits ", "", "\udc80"):
         yield Case(f"distill {word!r}", "distill", [word])
     for module in ("validate", "relabel", "report"):
@@ -166,7 +166,7 @@ def flags_of(module: str) -> dict[str, str]:
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
     "cut short": lambda data: data[: len(data) // 2],
-    "one byte short": lambda data: data[:-1],
+    "two bytes short": lambda data: data[:-2],
     "noise": lambda data: bytes(np.random.default_rng(0).integers(0, 256, len(data), dtype=np.uint8)),
     "a page": lambda data: b"<!DOCTYPE html><html><body>Not found</body></html>",
     "a pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
