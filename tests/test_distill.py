@@ -1,5 +1,6 @@
 """The main job through its command line: the whole way, killed and resumed, sharded, and every bad input."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 
 import infer_fast
-from infer_fast.files import read_tensors
+from infer_fast import files
+from infer_fast.errors import DiskError
+from infer_fast.files import read_tensors, write_tensors
 from infer_fast.recipes import RECIPES
 
 
@@ -60,6 +63,72 @@ def test_running_again_keeps_the_bytes_and_does_no_work(finished, copied_run, ca
         [line for line in done.stdout.splitlines() if line.startswith("|")] for done in (finished[1], again)
     )
     assert first == second
+
+
+def test_a_finished_run_may_be_read_only(finished, copied_run, call_module, small_flags, monkeypatch):
+    """As on a file system where nothing can be written: both commands that go over it find everything."""
+
+    shutil.copytree(finished[0] / "runs" / "datasets", copied_run.parent / "datasets")
+
+    def refuse(path, *_):
+        raise DiskError(f"{path} can't be written.")
+
+    monkeypatch.setattr(files, "write_atomically", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK))
+    table = (copied_run / "table.md").read_text()
+    again = call_module("distill", *small_flags)
+    assert again.returncode == 0 and table in again.stdout, again.stderr
+    judged = call_module("validate", "--syn-data-path=runs/digits")
+    assert judged.returncode == 0 and table in judged.stdout, judged.stderr
+    assert "the table is printed and nothing is kept" in judged.stderr
+    other = call_module("validate", "--syn-data-path=runs/digits", "--seeds=2", "--compare=none")
+    assert other.returncode == 0 and "n=2" in other.stdout, other.stderr
+    drawn = call_module("validate", "--syn-data-path=runs/digits", "--tsne")
+    assert drawn.returncode == 1 and "--output-dir" in drawn.stderr
+    fresh = call_module("distill", *small_flags, "--exp-name=other")
+    assert fresh.returncode == 1 and "choose a folder that can be with --syn-data-path" in fresh.stderr
+
+
+def test_the_seconds_on_the_card_stay_those_of_the_work(copied_run, call_module, small_flags):
+    before = (copied_run / "card.json").read_bytes()
+    assert call_module("distill", *small_flags).returncode == 0
+    assert (copied_run / "card.json").read_bytes() == before
+
+
+def test_a_damaged_task_is_solved_again_and_one_of_a_former_version_is_found(copied_run, call_module, small_flags):
+    expected = (copied_run / "distilled.safetensors").read_bytes()
+    (folder,) = (copied_run / "tasks").iterdir()
+    for damage in (b"", b"{}", sorted(folder.iterdir())[0].read_bytes()[:-9]):
+        sorted(folder.iterdir())[0].write_bytes(damage)
+        (copied_run / "distilled.safetensors").unlink()
+        again = call_module("distill", *small_flags)
+        assert again.returncode == 0 and (copied_run / "distilled.safetensors").read_bytes() == expected
+    first = sorted(folder.iterdir())[0]
+    tensors, _ = read_tensors(first)
+    tensors["optimised"][0, 0, 0] = float("nan")
+    write_tensors(first, tensors)
+    said = call_module("distill", *small_flags)
+    assert said.returncode == 1 and f"{first.name} holds NaN or infinite values: delete it" in said.stderr
+    first.unlink()
+    assert call_module("distill", *small_flags).returncode == 0
+    card = json.loads((copied_run / "card.json").read_text())
+    former = former_key(card, infer_fast.load(copied_run).base)
+    folder.rename(folder.parent / former)
+    found = call_module("distill", *small_flags)
+    assert found.returncode == 0 and [path.name for path in (copied_run / "tasks").iterdir()] == [former]
+
+
+def former_key(card, base):
+    """A task's key as version 0.1.0 made it."""
+    settings = {k: v for k, v in card["recipe"]["synthesis"].items() if k != "compensator_size"}
+    how = card["how"]
+    parts = {
+        "settings": settings,
+        "teachers": [teacher["sha256"] for teacher in card["teachers"]],
+        "base": hashlib.sha256(base.numpy().data).hexdigest(),
+        "how": [how["precision"], how["engine"], how["backend"], how["device"]],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @pytest.mark.slow
