@@ -122,7 +122,8 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
     )
     image_size = options.image_size or data.image_size
     hold_out = data.held_out if options.val_dir is None else 0
-    name = check_name("--dataset", options.dataset) if options.dataset else check_name("The card's dataset", data.name)
+    asked = ("The card's dataset", data.name) if options.dataset is None else ("--dataset", options.dataset)
+    name = check_name(*asked)
     cache = _cache(folder.parent if options.output_dir is None else options.output_dir)
     dataset = load_dataset(name, data_path, image_size=image_size, cache=cache, val_path=val_dir, hold_out=hold_out)
     check_image_size(dataset.name, dataset.size, image_size)

@@ -68,7 +68,9 @@ CHANGED: dict[str, dict[str, object]] = {
     "recipe.synthesis.mean": {"recipe.synthesis.mean": (0.4, 0.4, 0.4)},
     "recipe.synthesis.std": {"recipe.synthesis.std": (0.4, 0.4, 0.4)},
     "recipe.synthesis.compensator_size": {"recipe.synthesis.compensator_size": 4},
-    "recipe.store.budget": {"recipe.store.budget": "bytes", "recipe.store.codec": "webp", "recipe.ipc": 20},
+    "recipe.store.budget": {
+        "recipe.store.budget": "bytes", "recipe.store.codec": "webp", "recipe.ipc": 20, "recipe.compare": "coded",
+    },
     "recipe.store.codec": {"recipe.store.codec": "webp"},
     "recipe.store.quality": {"recipe.store.codec": "webp", "recipe.store.quality": 20},
     "recipe.store.label_bits": {"recipe.store.label_bits": "uint8"},

@@ -357,3 +357,9 @@ def test_at_a_budget_of_bytes_everything_fills_it(parts):
     assert raw_hard.source(0).targets.bincount(minlength=4).tolist() == [3, 3, 3, 2]
     rows = validate(evaluation)
     assert "points" in verdict(rows) and "random real, coded (hard labels)" in verdict(rows)
+
+
+@pytest.mark.parametrize("nothing", ["networks", "labels"])
+def test_a_table_of_no_students_is_refused(parts, nothing):
+    with pytest.raises(InferFastError, match=f"--{nothing} names nothing"):
+        rows_of(parts, replace(STUDENT, **{nothing: ()}))
