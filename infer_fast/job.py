@@ -20,8 +20,10 @@ from infer_fast.data.images import ImageDataset
 from infer_fast.data.loader import check_loader
 from infer_fast.data.sources import load_dataset
 from infer_fast.errors import InferFastError
+from infer_fast.models.checkpoint import published_weights
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher
+from infer_fast.models.weight_files import check_file
 from infer_fast.run_folder import DATASETS, STUDENTS, check_name
 from infer_fast.settings import Engine, Precision, Recipe
 from infer_fast.squeeze import Origin
@@ -191,14 +193,19 @@ def decide(options: DistillOptions, recipe_name: str) -> Job:
     """
     check_options(options)
     check_name("--dataset", options.recipe.dataset)
-    name = recipe_name if options.exp_name is None else options.exp_name
-    folder = options.syn_data_path / check_name("--exp-name", name)
+    run = recipe_name if options.exp_name is None else options.exp_name
+    folder = options.syn_data_path / check_name("--exp-name", run)
     dataset = _dataset(options)
     recipe = first_teachers(options)
     recipe = replace(recipe, synthesis=with_statistics(recipe.synthesis, dataset.pixels))
     check_students(recipe.student, len(dataset.classes), dataset.size)
     check_loader(recipe.squeeze.loader)
     kinds(recipe.compare, recipe.student.labels, recipe.store.budget == "bytes")  # or an error
+    for path in options.arch_path:
+        check_file(path)
+    if recipe.arch_weights is not None and not options.arch_path:
+        for name in recipe.arch_name:
+            published_weights(name, recipe.arch_weights)  # or an error
     demand = _demand(recipe, dataset, options.precision)
     room = find_room(demand, dataset.device, folder, options.lanes, options.chunk)
     k = expected_count(dataset, recipe) if recipe.store.budget == "bytes" else None

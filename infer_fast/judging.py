@@ -137,7 +137,9 @@ def _our_set(options: ValidateOptions, recipe: Recipe) -> Evaluation:
     distilled = _part(whole, options)
     named = bool(options.arch_name)
     drawn = options.tsne or bool(options.budgets)
-    needed = options.compare != "none" or drawn or named or set(options.student.labels) & {"dynamic", "fkd"}
+    given = bool(options.arch_path) or options.arch_weights is not None
+    relabelled = set(options.student.labels) & {"dynamic", "fkd"}
+    needed = options.compare != "none" or drawn or named or given or relabelled
     teachers = _labellers(whole, options, dataset) if needed else []
     if named:
         distilled = relabel(distilled, teachers)
@@ -217,5 +219,7 @@ def _images_of_others(options: ValidateOptions) -> Evaluation:
 
 
 def _given_teachers(options: ValidateOptions, dataset: ImageDataset, kept: Path) -> list[Teacher]:
+    if not options.arch_name:
+        raise InferFastError("--arch-path and --arch-weights are of the teachers that --arch-name names: name them.")
     origin = Origin(SqueezeSettings(), checkpoints=options.arch_path, weights=options.arch_weights)
     return squeeze(dataset, options.arch_name, origin, kept / TEACHERS)

@@ -44,7 +44,7 @@ BAD_VALUES = {  # by what --help says a flag takes
     "{": ["nonsense", "", "None None"],
 }
 FREE = {  # any text is right, or a path that is made where it is not there
-    "--wandb-project", "--wandb-api-key", "--output", "--output-dir", "--syn-data-path", "--data-path",
+    "--wandb-project", "--wandb-api-key", "--output", "--output-dir", "--syn-data-path", "--data-path", "--exp-name",
 }  # fmt: skip
 
 

@@ -84,18 +84,12 @@ def load_pretrained(network: nn.Module, name: str, weights: str) -> None:
     Downloaded, unless torch's hub (or timm's) has the file already. Raises InferFastError for unknown weights, a
     failed download, a name that needs timm where it is not installed, or weights that do not fit (another class count).
     """
-    import torchvision
-
-    source = f"{name} {weights}"
-    try:
-        enumeration = torchvision.models.get_model_weights(name)
-    except ValueError:
+    published, source = published_weights(name, weights), f"{name} {weights}"
+    if published is None:
         load_state(network, _timm_state(name), f"timm's {name}")
         return
-    if weights not in enumeration.__members__:
-        raise InferFastError(f"{source} is not published: choose one of {', '.join(enumeration.__members__)}.")
     try:
-        state = enumeration[weights].get_state_dict(progress=False, check_hash=True)
+        state = published.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InferFastError(
             f"{source} could not be fetched ({error}): check the network, or give a file with --arch-path."
@@ -103,11 +97,32 @@ def load_pretrained(network: nn.Module, name: str, weights: str) -> None:
     load_state(network, state, source)
 
 
-def _timm_state(name: str) -> State:
+def published_weights(name: str, weights: str) -> Any | None:
+    """torchvision's entry of these weights; None for a name that timm alone knows. Fetches nothing.
+
+    Raises InferFastError for unknown weights, or a name that needs timm where it is not installed.
+    """
+    import torchvision
+
+    try:
+        enumeration = torchvision.models.get_model_weights(name)
+    except ValueError:
+        _check_timm(name)
+        return None
+    if weights not in enumeration.__members__:
+        choices = ", ".join(enumeration.__members__)
+        raise InferFastError(f"{name} {weights} is not published: choose one of {choices}.")
+    return enumeration[weights]
+
+
+def _check_timm(name: str) -> None:
     if not installed("timm"):
         raise InferFastError(
             f"torchvision has no weights of {name}: give a file with --arch-path, or {PIP['timm']}, which has more."
         )
+
+
+def _timm_state(name: str) -> State:
     try:
         import timm
 

@@ -27,8 +27,6 @@ def base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path |
     damaged or of another shape.
     """
     storage = storage_of(recipe, plan.n)
-    if recipe.store.budget == "bytes" and given is not None:
-        raise InferFastError("--init-path gives as many base images as --budget images counts: choose that budget.")
     if recipe.store.budget == "bytes":
         return filled(drawn(dataset, recipe), smallest_class(dataset), storage, plan.budget_bytes)
     images = drawn(dataset, recipe)(plan.k) if given is None else _given(dataset, recipe.synthesis, plan, given)
@@ -36,11 +34,14 @@ def base_images(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path |
 
 
 def check_enough(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path | None = None) -> None:
-    """Raises InferFastError where a class has fewer training images than will be drawn of it: before any of the work.
+    """Raises InferFastError where a class has fewer training images than will be drawn of it, or base images that are
+    given can't be had: before any of the work.
 
     They are drawn for base images, unless those are given, and to compare them with random real images.
     """
     if recipe.store.budget == "bytes":  # filled with as many as there are
+        if given is not None:
+            raise InferFastError("--init-path gives as many base images as --budget images counts: choose that budget.")
         return
     compared = recipe.ipc if recipe.compare != "none" else 0
     wanted = max(compared, 0 if given is not None else plan.k)
@@ -50,6 +51,8 @@ def check_enough(dataset: ImageDataset, recipe: Recipe, plan: Plan, given: Path 
             f"The smallest class of {dataset.name} has {least} training images, fewer than the {wanted} that will be "
             "drawn of each: lower --ipc."
         )
+    if given is not None:
+        _given(dataset, recipe.synthesis, plan, given)  # or an error
 
 
 def expected_count(dataset: ImageDataset, recipe: Recipe) -> int:

@@ -51,7 +51,7 @@ def test_a_budget_of_bytes_is_filled_with_the_same_draw(tiny_dataset):
 
 def test_given_base_images_do_not_fill_a_budget(tiny_dataset, tmp_path):
     with pytest.raises(InferFastError, match="--init-path"):
-        base_images(tiny_dataset, BYTES, plan_of(tiny_dataset, BYTES, 2), given=Path(tmp_path))
+        check_enough(tiny_dataset, BYTES, plan_of(tiny_dataset, BYTES, 2), given=Path(tmp_path))
 
 
 @pytest.mark.parametrize("asked, expected", [(None, (8, 8)), (0, (10, 0)), (1, (9, 1)), (3, (9, 3)), (20, (8, 8))])
@@ -97,6 +97,8 @@ def test_what_will_be_drawn_of_each_class_is_counted_before_the_work(
     """12 training images of each class; with 1 teacher and 4 classes, k is 4/5 of ipc."""
     recipe = replace(RECIPE, ipc=ipc, compare=compare)
     plan = plan_of(tiny_dataset, recipe)
+    for j in range(plan.k):
+        torch.save(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), tmp_path / f"tensor_{j}.pt")
     if enough:
         check_enough(tiny_dataset, recipe, plan, tmp_path if given else None)
     else:
