@@ -23,7 +23,7 @@ from infer_fast.errors import InferFastError
 from infer_fast.models.checkpoint import published_weights
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher
-from infer_fast.models.weight_files import check_file
+from infer_fast.models.weight_files import check_file, read_file
 from infer_fast.run_folder import DATASETS, STUDENTS, check_name
 from infer_fast.settings import Engine, Precision, Recipe
 from infer_fast.squeeze import Origin
@@ -202,6 +202,8 @@ def decide(options: DistillOptions, recipe_name: str) -> Job:
     check_loader(recipe.squeeze.loader)
     kinds(recipe.compare, recipe.student.labels, recipe.store.budget == "bytes")  # or an error
     for path in options.arch_path:
+        if options.dry_run:  # else it is read, once, when its teacher is imported
+            read_file(path)
         check_file(path)
     if recipe.arch_weights is not None and not options.arch_path:
         for name in recipe.arch_name:

@@ -167,7 +167,7 @@ def _part(whole: DistilledSet, options: ValidateOptions) -> DistilledSet:
 
 def _labellers(whole: DistilledSet, options: ValidateOptions, dataset: ImageDataset) -> list[Teacher]:
     """The set's own teachers, those of them that were named, or checkpoints that were given."""
-    if options.arch_path or options.arch_weights:
+    if options.arch_path or options.arch_weights is not None:
         return _given_teachers(options, dataset, options.output)
     own = teachers_of(whole, options.syn_data_path)
     unknown = [name for name in options.arch_name if name not in {t.name for t in own}]
