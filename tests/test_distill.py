@@ -417,10 +417,10 @@ def test_imagenet_recipes_go_the_whole_way_from_files(tmp_path, call_module, met
 
 @pytest.mark.slow
 def test_a_thousand_classes_of_224_pixels_are_planned_without_decoding_them(tmp_path, call_module):
-    jpegs(tmp_path / "data", 1000, 1, 1, size=(24, 24))
+    jpegs(tmp_path / "data", 1000, 10, 1, size=(8, 8))
     done = call_module("distill", "imagenet-infer-ipc10", "--data-path=data", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "1,000 training and 1,000 test images of 224x224, 1000 classes" in done.stdout
+    assert "10,000 training and 1,000 test images of 224x224, 1000 classes" in done.stdout
     assert "27 tasks of 2000 iterations" in done.stdout and "1,358,816,580 bytes" in done.stdout
     assert "squeeze 0.0 min" in done.stdout and not (tmp_path / "runs" / "imagenet-infer-ipc10").exists()
 

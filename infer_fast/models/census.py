@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from infer_fast.errors import InferFastError, first_line
+from infer_fast.errors import InferFastError, first_line, out_of_memory
 
 TOLERANCE = 5e-4  # what may lie between two ways in float32, of what half of the logits exceed
 SLOPES = 0.02  # ... and of a gradient's length: within rounding of 0, a ReLU may let another element through
@@ -147,7 +147,9 @@ def _taken(network: nn.Module, images: torch.Tensor) -> Census:
         logits, met = _passed(network, own * 1)  # what it writes over is no leaf
         (gradient,) = torch.autograd.grad(weighed(logits), own)
         return Census(logits.detach(), met, gradient)
-    except Exception:  # whatever the network's own code raises
+    except Exception as error:  # whatever the network's own code raises
+        if out_of_memory(error):
+            raise
         with torch.no_grad():
             return Census(*_passed_or_said(network, images.clone()), None)
 
@@ -156,9 +158,9 @@ def _passed_or_said(network: nn.Module, images: torch.Tensor) -> tuple[torch.Ten
     """As _passed; whatever the network's own code raises is an InferFastError."""
     try:
         return _passed(network, images)
-    except InferFastError:
-        raise
     except Exception as error:
+        if isinstance(error, InferFastError) or out_of_memory(error):
+            raise
         size, dtype = "x".join(map(str, images.shape)), str(images.dtype).removeprefix("torch.")
         raise InferFastError(
             f"{type(network).__name__} does not take {dtype} images of {size} "
@@ -206,7 +208,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool
     if not finite.any():
         return False
     sizes = expected[finite].abs()
-    scale = torch.maximum(sizes.median(), 1e-9 * sizes.amax())
+    scale = sizes[sizes > 0].median() if sizes.any() else 0.0  # a ReLU may leave most of them at 0
     return bool((found - expected)[finite].abs().amax() > tolerance * scale)
 
 

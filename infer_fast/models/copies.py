@@ -46,7 +46,8 @@ def in_layout(network: nn.Module, layout: torch.memory_format) -> nn.Module:
     """`network` with its convolutions' weights in `layout`: module.to takes no network that has others of five axes."""
     for parameter in network.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
+            # Not contiguous(): of 1x1 convolutions it leaves the strides, which convolutions tell the layout by.
+            parameter.data = parameter.data.to(parameter.device, memory_format=layout)
     return network
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from infer_fast.errors import InferFastError
-from infer_fast.models.weights import faulty
 from infer_fast.settings import SynthesisSettings
 from infer_fast.synthesis.views import Views
 
@@ -20,25 +19,12 @@ def check_teacher(teacher: nn.Module) -> None:
     kind = type(teacher).__name__
     if not isinstance(teacher, nn.Module):
         raise InferFastError(f"solve takes a teacher that is a torch.nn.Module, not {kind}.")
-    for name, tensor in _tensors(teacher).items():
+    for name, tensor in chain(teacher.named_parameters(), teacher.named_buffers()):
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             raise InferFastError(
                 f"{kind}: {name} is {tensor.dtype}, solve takes float32 teachers: call float() on it (precision="
                 "'bfloat16' makes its passes faster)."
             )
-
-
-def check_values(teacher: nn.Module) -> None:
-    """Raises InferFastError for weights and statistics that are not finite, or negative variances."""
-    fault = faulty(_tensors(teacher))
-    if fault is not None:
-        raise InferFastError(
-            f"{type(teacher).__name__}: {fault}, so no loss of it would be a number: load its weights again."
-        )
-
-
-def _tensors(teacher: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(chain(teacher.named_parameters(), teacher.named_buffers()))
 
 
 def check_tasks(base: torch.Tensor, views: Views | None, iterations: int, device: torch.device) -> None:
@@ -98,7 +84,7 @@ def check_outputs(outputs: int, classes: int) -> None:
 def blame(images: torch.Tensor, settings: SynthesisSettings, iteration: int) -> str:
     """Why the loss of a task, images (C, 3, H, W), was not finite first at `iteration`, and what to do about it.
 
-    The teacher's own values are finite: check_values has seen to that.
+    The teacher's own values are finite: MatchedTeacher.check has seen to that.
     """
     largest = images.abs().max().item()
     if not largest < float("inf"):

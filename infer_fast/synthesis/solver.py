@@ -17,7 +17,7 @@ from infer_fast.models.surgery import MatchedTeacher
 from infer_fast.ops.adam import adam_
 from infer_fast.ranges import check, check_counts
 from infer_fast.settings import SynthesisSettings
-from infer_fast.synthesis.arguments import blame, check_targets, check_tasks, check_teacher, check_values
+from infer_fast.synthesis.arguments import blame, check_targets, check_tasks, check_teacher
 from infer_fast.synthesis.iteration import AdamState, iterate, start_state
 from infer_fast.synthesis.problem import Problem, adjusted_teacher
 from infer_fast.synthesis.views import Views, draw_views
@@ -114,8 +114,6 @@ class Solver:
     ) -> torch.Tensor:
         """The tasks of `base`, in batches of at most self.lanes; see solve()."""
         settings = self.settings
-        if self._matched is None:
-            check_values(self.teacher)
         check_tasks(base, views, settings.iterations, self.device)
         count = len(base)
         targets = torch.arange(base.shape[1]) if targets is None else targets
@@ -127,7 +125,7 @@ class Solver:
                 settings.seed, 0, list(range(count)), iterations=iterations, jitter=settings.jitter, size=size
             )
         views = views.to(base.device)
-        self._ready(base)
+        self._check(base)
         done, results = 0, []
         failures: dict[int, int] = {}
         while done < count:
@@ -193,7 +191,7 @@ class Solver:
 
     def prepare(self, base: torch.Tensor, views: Views, targets: torch.Tensor) -> Loop:
         """The loop for these tasks, ready to step: the last one with its data replaced if it fits, else a new one."""
-        matched = self._ready(base)
+        matched = self._ready()
         if self.settings.steps:
             matched.take(adjusted_teacher(self.teacher, base, targets, self.settings, views, self._classes))
         if self._loop is None or not self._loop.takes(base, views):
@@ -234,19 +232,26 @@ class Solver:
         loop.restart()  # from whatever the attempt left behind
         return loop
 
-    def _ready(self, base: torch.Tensor) -> MatchedTeacher:
-        """The matched teacher; where its logits depend on the whole batch, tasks and images go together no more."""
+    def _check(self, base: torch.Tensor) -> None:
+        """Holds the matched teacher against the given one, once, in values; where an image's logits depend on the
+        others of its batch, tasks and chunks stay apart."""
+        if self._matched is not None:
+            return
+        matched = self._ready()
+        matched.check(base[0])
+        if matched.mixes_images and (self.lanes != 1 or self.chunk is not None):
+            self.lanes, self.chunk = 1, None
+            kind = type(self.teacher).__name__
+            warnings.warn(
+                f"{kind} makes an image's logits of the images beside it: one task at a time, and all its images.",
+                InferFastWarning,
+                stacklevel=3,
+            )
+
+    def _ready(self) -> MatchedTeacher:
+        """The matched teacher, made where there is none."""
         if self._matched is None:
             self._matched = self._match()
-            self._matched.check(base[0])
-            if self._matched.mixes_images and (self.lanes != 1 or self.chunk is not None):
-                self.lanes, self.chunk = 1, None
-                kind = type(self.teacher).__name__
-                warnings.warn(
-                    f"{kind} makes an image's logits of the images beside it: one task at a time, and all its images.",
-                    InferFastWarning,
-                    stacklevel=3,
-                )
         return self._matched
 
     def _match(self) -> MatchedTeacher:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from bench import published
 from infer_fast.errors import InferFastError, InferFastWarning
 from infer_fast.models import MatchedTeacher, build
-from infer_fast.models.copies import frozen_copy
+from infer_fast.models.copies import frozen_copy, in_layout
 from infer_fast.models.fold import folded
 from infer_fast.models.layout import layout_of
 from infer_fast.models.matching import AsItRuns
@@ -312,7 +312,7 @@ REFUSED = {
     "NaN mean": (poisoned("running_mean", float("nan")), "norm.running_mean holds NaN"),
     "negative variance": (poisoned("running_var", -1.0), "norm.running_var holds a variance below 0"),
     "script": (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), "is TorchScript"),
-    "no images": (lambda: nn.Sequential(nn.BatchNorm2d(5)), "does not take float32 images of 4x3x8x8"),
+    "no images": (lambda: nn.Sequential(nn.BatchNorm2d(5)), "does not take float32 images of 2x3x8x8"),
 }
 
 
@@ -360,3 +360,8 @@ def test_networks_that_take_views_are_trained_and_measured_contiguous(generator)
     assert layout_of(Viewed(), x) is torch.contiguous_format
     assert layout_of(build("convnet", 4, (8, 8), seed=0), x) is torch.channels_last
     assert layout_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), x) is torch.contiguous_format
+
+
+def test_weights_of_one_pixel_are_channels_last_by_their_strides_too():
+    conv = in_layout(nn.Conv2d(8, 6, 1), torch.channels_last)
+    assert conv.weight.stride() == (8, 1, 8, 8)

@@ -162,9 +162,10 @@ def test_out_of_memory_halves_the_lanes_then_the_chunk_and_says_so(generator):
         solver = Solver(Bounded(network, most), settings=SETTINGS)
         with pytest.warns(InferFastWarning) as caught:
             result = solver.solve(base)
-        assert [str(w.message).removeprefix("Out of memory with ").split(",")[0].rstrip(".") for w in caught] == said
+        told = [str(w.message) for w in caught if "matched as it runs" not in str(w.message)]
+        assert [text.removeprefix("Out of memory with ").split(",")[0].rstrip(".") for text in told] == said
         assert (result - expected).norm() / expected.norm() < 1e-4
-    with pytest.warns(InferFastWarning), pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError):
         solve(Bounded(network, 0), base, settings=SETTINGS)
 
 
