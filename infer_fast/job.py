@@ -23,10 +23,10 @@ from infer_fast.errors import InferFastError
 from infer_fast.models.checkpoint import published_weights
 from infer_fast.models.execution import Execution
 from infer_fast.models.teacher import Teacher
-from infer_fast.models.weight_files import check_file, read_file
+from infer_fast.models.weight_files import read_file
 from infer_fast.run_folder import DATASETS, STUDENTS, check_name
 from infer_fast.settings import Engine, Precision, Recipe
-from infer_fast.squeeze import Origin
+from infer_fast.squeeze import Origin, check_given
 from infer_fast.students.candidates import Evaluation, Store, kinds
 from infer_fast.students.training import check_students
 from infer_fast.synthesis.base import check_enough, expected_count
@@ -201,10 +201,10 @@ def decide(options: DistillOptions, recipe_name: str) -> Job:
     check_students(recipe.student, len(dataset.classes), dataset.size)
     check_loader(recipe.squeeze.loader)
     kinds(recipe.compare, recipe.student.labels, recipe.store.budget == "bytes")  # or an error
-    for path in options.arch_path:
-        if options.dry_run:  # else it is read, once, when its teacher is imported
+    check_given(options.arch_path[: options.M], recipe.arch_name)
+    if options.dry_run:  # else they are read, once, when their teachers are imported
+        for path in options.arch_path:
             read_file(path)
-        check_file(path)
     if recipe.arch_weights is not None and not options.arch_path:
         for name in recipe.arch_name:
             published_weights(name, recipe.arch_weights)  # or an error

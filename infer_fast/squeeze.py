@@ -61,11 +61,16 @@ def squeeze(dataset: ImageDataset, names: tuple[str, ...], origin: Origin, folde
     """
     check(origin)
     given = origin.checkpoints
-    if given and len(given) != len(names):
-        raise InferFastError(f"{len(given)} checkpoints were given for {len(names)} teachers: give one for each.")
-    for path in given:
-        check_file(path)
+    check_given(given, names)
     return [_teacher(dataset, name, origin, folder, given[i] if given else None) for i, name in enumerate(names)]
+
+
+def check_given(checkpoints: tuple[Path, ...], names: tuple[str, ...]) -> None:
+    """Raises InferFastError for checkpoints that are not one for each teacher, or no files."""
+    if checkpoints and len(checkpoints) != len(names):
+        raise InferFastError(f"{len(checkpoints)} checkpoints were given for {len(names)} teachers: give one for each.")
+    for path in checkpoints:
+        check_file(path)
 
 
 def _teacher(dataset: ImageDataset, name: str, origin: Origin, folder: Path, checkpoint: Path | None) -> Teacher:

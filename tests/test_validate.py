@@ -361,5 +361,5 @@ def test_at_a_budget_of_bytes_everything_fills_it(parts):
 
 @pytest.mark.parametrize("nothing", ["networks", "labels"])
 def test_a_table_of_no_students_is_refused(parts, nothing):
-    with pytest.raises(InferFastError, match=f"--{nothing} names nothing"):
+    with pytest.raises(InferFastError, match=f"{nothing} is empty: give at least one"):
         rows_of(parts, replace(STUDENT, **{nothing: ()}))

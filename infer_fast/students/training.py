@@ -11,7 +11,6 @@ from infer_fast.data.augment import Sampling, augmentation_of
 from infer_fast.data.fkd import replay
 from infer_fast.data.loader import check_loader, choose_loader, feed
 from infer_fast.data.sets import FileSet, ResidentSet
-from infer_fast.errors import InferFastError
 from infer_fast.keys import key_of, surroundings
 from infer_fast.models import build
 from infer_fast.models.execution import Execution
@@ -27,11 +26,8 @@ REPLAYED_BY = {"auto": None, "fused": None, "torch": "reference"}  # compose's b
 
 
 def check_students(settings: StudentSettings, classes: int, size: tuple[int, int]) -> None:
-    """Raises InferFastError for a network or a loader that can't be had here, or none asked for: before the work."""
+    """Raises InferFastError for a network or a loader that can't be had here: before the work."""
     check_loader(settings.loader)
-    for flag, given in (("--networks", settings.networks), ("--labels", settings.labels)):
-        if not given:
-            raise InferFastError(f"{flag} names nothing: give at least one.")
     with torch.device("meta"):
         for name in settings.networks:
             build(name, classes, size)
