@@ -23,12 +23,11 @@ MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 FUNCTIONS: dict[object, str] = {
     F.relu: "relu",
     torch.relu: "relu",
-    torch.relu_: "relu",
     F.relu6: "relu6",
     F.silu: "silu",
 }
-METHODS: dict[object, str] = {"relu": "relu", "relu_": "relu"}
-ADDS: set[object] = {operator.add, operator.iadd, torch.add}
+METHODS: dict[object, str] = {"relu": "relu"}
+ADDS: set[object] = {operator.add, torch.add}
 
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm  # which are the same in eval mode
 Matched = Callable[[Norm, str], nn.Module]
@@ -177,22 +176,16 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _other_summand(add: fx.Node, node: fx.Node) -> fx.Node | None:
-    """What `add` adds to `node`, if it is a plain sum of two tensors that overwrites nothing anyone else reads."""
+    """What `add` adds to `node`, if it is a plain sum of two of the graph's values."""
     if add.kwargs or len(add.args) != 2:
         return None
     first, second = add.args
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)):  # a number is no residual
         return None
-    plain = (add.op == "call_function" and add.target in ADDS) or (
-        add.op == "call_method" and add.target in ("add", "add_")
-    )
+    plain = add.target in ADDS if add.op == "call_function" else (add.op, add.target) == ("call_method", "add")
     if not plain or first is second:
         return None
-    in_place = add.target in (operator.iadd, "add_")
-    other = second if first is node else first
-    if in_place and first is other and len(other.users) > 1:
-        return None
-    return other
+    return second if first is node else first
 
 
 def _activation(traced: fx.GraphModule, node: fx.Node) -> str | None:

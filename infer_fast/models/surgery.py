@@ -60,10 +60,10 @@ class MatchedTeacher(nn.Module):
         self._plain = [plain]  # until it was compared; in a list it is no part of this module
         self._noise: list[torch.Tensor] = []  # what it was compared on
         self._taken = False
-        self._forms = self._everyforms(plain)
+        self._forms = self._every_form(plain)
         self.network, self._weights = next(self._forms)
 
-    def _everyforms(self, plain: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    def _every_form(self, plain: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """The networks that may do what `plain` does, the fastest first; each with what shares its weights' memory."""
         network = in_layout(frozen_copy(plain), torch.channels_last)
         owners = Owners(network)
