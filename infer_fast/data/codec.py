@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
+from infer_fast.data.images import memory
 from infer_fast.errors import InferFastError
 
 MOST_PIXELS = 2**15  # of an image's side: larger ones are no images to train on, and numbers of batches are 16 bits
@@ -140,9 +140,9 @@ def _count(coded: Coded) -> int:
     count, sizes = math.prod(coded.shape), (*coded.shape, *coded.size)
     if min(sizes) < 1 or max(coded.size) > MOST_PIXELS or coded.channels not in (1, 3) or not coded.parts:
         raise InferFastError(f"Images of {coded.size[1]}x{coded.size[0]} in {coded.shape} rows can't be.")
-    weight, memory = 3 * count * coded.size[0] * coded.size[1], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if weight > memory:
-        raise InferFastError(f"Decoded, the images take {weight:,} bytes, and this machine has {memory:,}.")
+    weight = 3 * count * coded.size[0] * coded.size[1]
+    if weight > memory():
+        raise InferFastError(f"Decoded, the images take {weight:,} bytes, and this machine has {memory():,}.")
     return count
 
 
