@@ -97,15 +97,19 @@ BOMBS = {
 }
 
 
+def write_with_header(distilled, folder, part, changed):
+    """Writes a set whose file's header has other values in one part than fit its tensors."""
+    distilled.save(folder)
+    distilled.card.write(folder)
+    tensors, stored = read_tensors(folder / TENSORS)
+    stored[part] |= changed
+    write_tensors(folder / TENSORS, tensors, stored)
+
+
 @pytest.mark.parametrize("case", BOMBS)
 def test_sizes_in_a_header_are_checked_before_anything_is_decoded(generator, tmp_path, case):
     changed, words = BOMBS[case]
-    distilled = coded_set(generator)
-    distilled.save(tmp_path)
-    distilled.card.write(tmp_path)
-    tensors, stored = read_tensors(tmp_path / TENSORS)
-    stored["images"] |= changed
-    write_tensors(tmp_path / TENSORS, tensors, stored)
+    write_with_header(coded_set(generator), tmp_path, "images", changed)
     with pytest.raises(InferFastError, match=words):
         infer_fast.load(tmp_path)
 
@@ -131,12 +135,7 @@ def test_a_mosaic_that_is_larger_than_its_images_is_not_decoded(monkeypatch):
     ],
 )
 def test_labels_that_cannot_be_take_no_room(generator, tmp_path, changed, words):
-    distilled = coded_set(generator)
-    distilled.save(tmp_path)
-    distilled.card.write(tmp_path)
-    tensors, stored = read_tensors(tmp_path / TENSORS)
-    stored["labels"] |= changed
-    write_tensors(tmp_path / TENSORS, tensors, stored)
+    write_with_header(coded_set(generator), tmp_path, "labels", changed)
     with pytest.raises(InferFastError, match=words):
         infer_fast.load(tmp_path)
 
